@@ -1,0 +1,127 @@
+"""What both ends of a connection look like, whatever the transport.
+
+A client holds a `Connection` and calls ops on it. A daemon writes a `Service`: one handler per
+request class. `rpc.server` serves a Service on sockets, `rpc.client` dials one, and
+`rpc.inprocess` joins the two directly, without bytes in between.
+
+Handlers are plain functions where they need no await (they then run inline, as one serialised
+step), else coroutine functions. A handler raises `AlluxioFuseError`s only; anything else is a bug:
+it is logged with its traceback, counted, and answered as code "internal", EIO.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, Generic, TypeVar
+
+from alluxiofuse.wire.messages import Request
+
+R = TypeVar("R")
+
+Buffer = bytes | bytearray | memoryview
+
+
+@dataclass(frozen=True, slots=True)
+class FileRange:
+    """A payload that is sent straight from a file (sendfile): [offset, offset + length) of `fd`.
+    The sender does not close `fd`; `on_sent` is called exactly once when it is no longer needed,
+    also when sending failed. A file shorter than promised breaks the connection."""
+
+    fd: int
+    offset: int
+    length: int
+    on_sent: Callable[[], None] | None = None
+
+
+@dataclass(slots=True)
+class Answer(Generic[R]):
+    """A result with what does not fit in msgpack.
+
+    As returned by a handler: `payload` bytes or a FileRange, `fds` descriptors to pass (Unix and
+    in-process only; dropped on TCP). The transport duplicates descriptors: the handler keeps its own.
+    As received by a caller: `payload` is a Buffer, `fds` are the caller's to close.
+    """
+
+    result: R
+    payload: Buffer | FileRange = b""
+    fds: list[int] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class Peer:
+    """Who is at the other end of a connection, as the server knows it."""
+
+    name: str
+    """For logs: "127.0.0.1:4711", "unix uid=0 pid=12", "in-process"."""
+    is_trusted: bool
+    """May speak for any user (`Caller.groups` None): proved the shared secret, is the same uid or
+    root on a Unix socket, is in process, or the daemon runs without a secret (loopback only)."""
+    is_authenticated: bool
+    """Proved the secret, Unix credentials of the same uid or root, or in process. Only such peers
+    are told secret mount options."""
+    can_pass_fds: bool
+    uid: int | None = None
+    """Unix sockets: the peer's uid."""
+    _on_close: list[Callable[[], None]] = field(default_factory=list)
+
+    def on_close(self, callback: Callable[[], None]) -> None:
+        """Call `callback` (plain, quick) once when the connection has ended. Locks hang on this."""
+        self._on_close.append(callback)
+
+    def closed(self) -> None:
+        """By the transport, once."""
+        callbacks, self._on_close = self._on_close, []
+        for callback in callbacks:
+            callback()
+
+
+Handler = Callable[[Peer, Any, Buffer], Any | Awaitable[Any]]
+"""(peer, request, payload) -> R | Answer[R], or an awaitable of it. `payload` is valid only until
+the handler returns."""
+
+
+class Service(ABC):
+    """The handlers of one daemon. The transport checks `handlers` against `ops` at start-up."""
+
+    @property
+    @abstractmethod
+    def ops(self) -> dict[str, type[Request[Any]]]:
+        """All declared ops (`requests_of(master_ops)`)."""
+
+    @property
+    @abstractmethod
+    def handlers(self) -> dict[type[Request[Any]], Handler]:
+        """Exactly one handler for each of `ops`."""
+
+
+class Connection(ABC):
+    """A client's end. Calls may be made from many tasks at once (they are pipelined) and are
+    answered in any order.
+
+    Cancelling a call abandons its answer: the request may still be carried out by the server.
+    A broken transport makes all pending and later calls raise ConnectionLost; a Connection never
+    reconnects by itself (`rpc.client.Reconnecting` does).
+    """
+
+    @abstractmethod
+    async def exchange(self, request: Request[R], payload: Buffer = b"") -> Answer[R]:
+        """Send, wait, and give result, payload and descriptors; raises what the handler raised."""
+
+    async def call(self, request: Request[R], payload: Buffer = b"") -> R:
+        """The result alone (descriptors and payload, if any, are dropped)."""
+        answer = await self.exchange(request, payload)
+        return answer.result
+
+    @property
+    @abstractmethod
+    def can_pass_fds(self) -> bool: ...
+
+    @property
+    @abstractmethod
+    def is_closed(self) -> bool: ...
+
+    @abstractmethod
+    async def aclose(self) -> None:
+        """Close now; pending calls raise ConnectionLost. Idempotent."""

@@ -1,0 +1,198 @@
+"""Operations that a worker answers.
+
+A container has at most one slab per worker. A client *attaches* to a container (`Attach`), which
+locks the slab (never punched, moved or unlinked) until it detaches; locks end with the connection
+that took them. Over a Unix socket, or in one process, an attach also gives the slab's descriptor.
+
+Reading through a descriptor: only pages that the worker said are present (`Presence`) may be read.
+Writing through a descriptor: only below the granted end (`Reserve`), only between `BeginWrite` and
+`EndWrite`. A worker knows no inodes and no names.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar
+
+from msgspec import Meta
+
+from alluxiofuse.wire.messages import Id, Message, Nothing, Ns, Request, Size, Text, U63
+from alluxiofuse.wire.types import Tier, UfsSource
+
+MAX_IO_BYTES = 8 << 20
+"""Most bytes of one Read or Write."""
+
+
+class Presence(Message):
+    """Which pages of a container are in its slab, checked, and may be read by descriptor."""
+
+    is_complete: bool
+    """All pages of [0, size) are there."""
+    pages: Annotated[bytes, Meta(max_length=1 << 24)]
+    """Bitmap (bit i of byte i // 8 is page i); b"" when is_complete."""
+
+
+class Attach(Request["Attached"]):
+    """Lock a container's slab for the session; creates an empty slab when there is none and there
+    is room. The answer carries the slab's descriptor (read only, or read-write between BeginWrite
+    and EndWrite) where `want_fd` and the transport can pass one."""
+
+    OP: ClassVar[str] = "worker.attach"
+    session_id: Id
+    container: Id
+    size: Size
+    source: UfsSource | None
+    want_fd: bool
+
+
+class Attached(Message):
+    lock_id: Id
+    """0: nothing could be attached (no room in any tier): use `Read`, which then goes through to
+    the under storage without caching."""
+    presence: Presence
+    has_fd: bool
+    is_durable: bool
+    """The tier survives power loss (SSD, HDD; not MEM)."""
+
+
+class Detach(Request[Nothing]):
+    OP: ClassVar[str] = "worker.detach"
+    lock_ids: Annotated[list[int], Meta(max_length=65536)]
+
+
+class Fetch(Request[Presence]):
+    """Make the pages that [offset, offset + length) touches present (from the under storage, single
+    flight, with read-ahead when the accesses of this lock look sequential) and answer what is
+    present then. NoSpaceError: no room to cache them (use `Read`). UfsChangedError: the object is
+    another version now."""
+
+    OP: ClassVar[str] = "worker.fetch"
+    lock_id: Id
+    offset: Size
+    length: U63
+
+
+class Read(Request["ReadResult"]):
+    """Bytes of a container as the answer's payload, read through from `source` when not present
+    (and cached where there is room). Short only at the end of the content."""
+
+    OP: ClassVar[str] = "worker.read"
+    session_id: Id
+    container: Id
+    size: Size
+    source: UfsSource | None
+    offset: Size
+    length: Annotated[int, Meta(ge=0, le=MAX_IO_BYTES)]
+
+
+class ReadResult(Message):
+    checksum: U63
+    """xxh3-64 of the payload when the worker read it into memory, 0 when it was sent by sendfile."""
+
+
+class BeginWrite(Request["WriteGrant"]):
+    """Make container `container` writable at this worker, its home (see master_ops.BeginWrite).
+
+    `old_container` != 0 and its slab is here: its missing pages below `old_size` are fetched from
+    `source` first, then the slab becomes `container`'s (open readers keep seeing the same slab, as
+    POSIX wants). Not here: a new slab is filled from `source`. With old_container == 0 the slab
+    starts empty. Idempotent; further sessions join (each ends its writing by EndWrite).
+    NoSpaceError when there is no room."""
+
+    OP: ClassVar[str] = "worker.begin_write"
+    session_id: Id
+    container: Id
+    old_container: Id
+    old_size: Size
+    source: UfsSource | None
+    reserve_bytes: U63
+    """Room wanted beyond the present size."""
+    want_fd: bool
+
+
+class WriteGrant(Message):
+    lock_id: Id
+    size: Size
+    granted_end: Size
+    """The client may write below this offset; beyond it: `Reserve`."""
+    has_fd: bool
+    is_durable: bool
+
+
+class Reserve(Request["Reserved"]):
+    """Room to write up to `end` (evicting, and waiting for persists that make room). NoSpaceError."""
+
+    OP: ClassVar[str] = "worker.reserve"
+    lock_id: Id
+    end: Size
+
+
+class Reserved(Message):
+    granted_end: Size
+    """>= the end that was asked for; may be generous."""
+
+
+class Write(Request[Size]):
+    """The payload to `offset` of a container being written, or to its end with `append`; answers
+    the offset at which it was written."""
+
+    OP: ClassVar[str] = "worker.write"
+    lock_id: Id
+    offset: Size
+    append: bool = False
+
+
+class Truncate(Request[Nothing]):
+    """ftruncate of a container being written."""
+
+    OP: ClassVar[str] = "worker.truncate"
+    lock_id: Id
+    size: Size
+
+
+class EndWrite(Request["WriteEnd"]):
+    """The session's writes (through descriptors too) are done. When it was the last writer, the
+    container is sealed: pages in `dirty_pages` (None: all) get their checksums, unused reservation
+    is returned, and the container counts as dirty until the master says that it is persisted. The
+    lock stays (as a reader's) until Detach. Durable against a kill of the worker when answered."""
+
+    OP: ClassVar[str] = "worker.end_write"
+    lock_id: Id
+    dirty_pages: Annotated[bytes, Meta(max_length=1 << 24)] | None
+    """Bitmap of pages this session changed."""
+
+
+class WriteEnd(Message):
+    size: Size
+    mtime_ns: Ns
+    is_sealed: bool
+
+
+class StatContainer(Request["ContainerStat"]):
+    """Live size and times of a container that is open for writing here. StaleError: not here."""
+
+    OP: ClassVar[str] = "worker.stat_container"
+    container: Id
+
+
+class ContainerStat(Message):
+    size: Size
+    mtime_ns: Ns
+    allocated_bytes: U63
+
+
+class SyncContainer(Request[bool]):
+    """fdatasync of the slab. False: its tier is not durable, so this alone means nothing."""
+
+    OP: ClassVar[str] = "worker.sync_container"
+    lock_id: Id
+
+
+class WorkerReport(Request["WorkerState"]):
+    OP: ClassVar[str] = "worker.report"
+
+
+class WorkerState(Message):
+    worker_id: Id
+    version: Text
+    tiers: list[Tier]
+    counters: dict[str, int]
