@@ -14,6 +14,7 @@ meta     b"format", b"cluster_id", b"next_ino", b"next_container", b"next_id", .
          b"orphan" + ino               -> b""           nlink 0, kept while a session has it open
          b"open" + ino                 -> b""           home != 0: open for writing (for recovery)
          b"worker" + uuid              -> worker id (8 bytes)
+         b"c" + container              -> ino           whose content (or base) it is: containers.py
 """
 
 from __future__ import annotations

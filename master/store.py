@@ -13,7 +13,7 @@ survive the machine.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rocksdict import Options, Rdict, WriteBatch
@@ -146,6 +146,12 @@ class Transaction:
     def __init__(self, store: Store) -> None:
         self.store = store
         self._writes: dict[tuple[str, bytes], bytes | None] = {}
+        self._after: list[Callable[[], None]] = []
+
+    def after_commit(self, callback: Callable[[], None]) -> None:
+        """Call `callback` (plain, quick, must not raise) once the changes are durable against a kill:
+        events, commands to workers. Never called when the transaction is dropped."""
+        self._after.append(callback)
 
     def get(self, family: str, key: bytes) -> bytes | None:
         if (family, key) in self._writes:
@@ -228,17 +234,19 @@ class Transaction:
 
     def commit(self) -> None:
         """Apply; the transaction is empty and usable again afterwards."""
-        if not self._writes:
-            return
-        batch = WriteBatch(raw_mode=True)
-        handle = self.store._handle
-        for (family, key), value in self._writes.items():
-            if value is None:
-                batch.delete(key, handle[family])
-            else:
-                batch.put(key, value, handle[family])
-        self._writes.clear()
-        self.store.commit(batch)
+        if self._writes:
+            batch = WriteBatch(raw_mode=True)
+            handle = self.store._handle
+            for (family, key), value in self._writes.items():
+                if value is None:
+                    batch.delete(key, handle[family])
+                else:
+                    batch.put(key, value, handle[family])
+            self._writes.clear()
+            self.store.commit(batch)
+        callbacks, self._after = self._after, []
+        for callback in callbacks:
+            callback()
 
 
 def _options() -> Options:

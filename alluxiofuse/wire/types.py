@@ -6,7 +6,7 @@ from typing import Annotated
 
 from msgspec import Meta
 
-from alluxiofuse.wire.messages import Id, Ino, Message, Name, Ns, Path, Size, Text, U32, U63
+from alluxiofuse.wire.messages import U32, U63, Id, Ino, Message, Name, Ns, Path, Size, Text
 
 # --- who asks -----------------------------------------------------------------------------------
 
@@ -101,6 +101,11 @@ class Layout(Message):
     """Worker that all readers and writers must use; 0 when sealed (any worker may cache it)."""
     workers: Annotated[list[int], Meta(max_length=1024)]
     """Workers that have at least one block, best first; for a sealed file."""
+    base_container: Id = 0
+    """While home != 0: the container that the worker turns into `container` (its BeginWrite's
+    `old_container`); 0: it starts empty. `source` is then where the base's bytes are."""
+    base_size: Size = 0
+    """Size of the base."""
 
 
 class Tier(Message):
