@@ -13,19 +13,19 @@ from typing import Annotated, ClassVar
 from msgspec import Meta
 
 from alluxiofuse.wire.messages import (
+    U32,
+    U63,
     Id,
     Ino,
+    Message,
     Name,
     Nothing,
     Ns,
-    Message,
     Path,
     Request,
     Size,
     SymlinkTarget,
     Text,
-    U32,
-    U63,
     XattrName,
     XattrValue,
 )
@@ -374,6 +374,10 @@ class CommitContent(Request[Attr]):
     size: Size
     mtime_ns: Ns
     is_sealed: bool
+    is_abandoned: bool = False
+    """The home worker could not begin (no room, gone) and nobody has written: when no other session
+    has it open for writing, the content is `base_container` with its size again and home is 0. Sent
+    with is_sealed False; size and mtime are ignored."""
 
 
 class WaitPersisted(Request[bool]):

@@ -15,7 +15,7 @@ from typing import Annotated, ClassVar
 
 from msgspec import Meta
 
-from alluxiofuse.wire.messages import Id, Message, Nothing, Ns, Request, Size, Text, U63
+from alluxiofuse.wire.messages import U63, Id, Message, Nothing, Ns, Request, Size, Text
 from alluxiofuse.wire.types import Tier, UfsSource
 
 MAX_IO_BYTES = 8 << 20
@@ -124,6 +124,9 @@ class Reserve(Request["Reserved"]):
     OP: ClassVar[str] = "worker.reserve"
     lock_id: Id
     end: Size
+    start: Size = 0
+    """Where the write that needs it begins: what lies between the present end and `start` stays a
+    hole and needs no room yet (sparse files are far larger than any tier)."""
 
 
 class Reserved(Message):
