@@ -101,13 +101,6 @@ class Layout(Message):
     """Worker that all readers and writers must use; 0 when sealed (any worker may cache it)."""
     workers: Annotated[list[int], Meta(max_length=1024)]
     """Workers that have at least one block, best first; for a sealed file."""
-
-    # While home != 0: what the worker's BeginWrite needs (master_ops.BeginWrite, Create, Open).
-    base_container: Id = 0
-    """The container that `container` is made from; 0: it starts empty."""
-    base_size: Size = 0
-    base_source: UfsSource | None = None
-    """Where the base's bytes can be read, when they are clean. Not for readers: never `container`'s."""
     base_container: Id = 0
     """While home != 0: the container that the worker turns into `container` (its BeginWrite's
     `old_container`); 0: it starts empty. `source` is then where the base's bytes are."""
