@@ -1,0 +1,54 @@
+# Two commands: `make run` and `make test`. Each installs what is missing the first time and starts
+# at once the second time. `make help` lists the rest.
+
+# What `make run` mounts: a directory, or for instance UFS=s3://bucket/prefix with the usual AWS_*
+# variables, and S3_ENDPOINT=http://host:port for another S3 server than AWS's.
+UFS ?= data
+MOUNT ?= mnt
+# Each under storage keeps a state of its own.
+STATE ?= var/$(shell printf '%s' '$(UFS)' | tr -cs 'A-Za-z0-9.\n' '-' | sed 's/^-//')
+S3_ENDPOINT ?=
+RUN_ARGS ?=
+TEST_ARGS ?=
+BENCH_ARGS ?= /tmp
+
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.cfg pyproject.toml constraints.txt scripts/install
+
+.PHONY: run test check bench clean help
+
+run: $(VENV)/.installed-run
+	@mkdir -p -m 700 var && mkdir -p '$(MOUNT)' $(if $(findstring ://,$(UFS)),,'$(UFS)')
+	@exec $(BIN)/alluxiofuse local --ufs '$(UFS)' --mount '$(MOUNT)' --state '$(STATE)' --hints \
+		$(if $(S3_ENDPOINT),--option 'endpoint=$(S3_ENDPOINT)') $(RUN_ARGS)
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest $(TEST_ARGS)
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_layout.py
+
+bench: $(VENV)/.installed-run
+	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
+
+$(VENV)/.installed-run: $(SOURCES)
+	scripts/install run
+
+$(VENV)/.installed-test: $(SOURCES)
+	scripts/install test
+
+clean:
+	@if grep -qs " $(CURDIR)/$(MOUNT) fuse" /proc/mounts; then echo "$(MOUNT) is still mounted: stop 'make run' first" >&2; exit 1; fi
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage*
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+help:
+	@echo 'make run [UFS=dir|s3://bucket/prefix] [S3_ENDPOINT=url] [MOUNT=dir] [STATE=dir]   mount it, until Ctrl-C'
+	@echo 'make test [TEST_ARGS=...]    all tests, with real FUSE mounts and a real S3 server'
+	@echo 'make check                   ruff, mypy --strict, the layering test'
+	@echo 'make bench BENCH_ARGS="dir dir..."   measure directories side by side'
+	@echo 'make clean                   remove what was built (not data, mnt, var)'
