@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import stat
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 Buffer = bytes | bytearray | memoryview
@@ -158,7 +158,7 @@ class UnderStorage(ABC):
         """A file or symlink, or an empty directory. No error when it is not there.
         UfsError with errno ENOTEMPTY for a directory that is not empty."""
 
-    def delete_many(self, paths: list[bytes]) -> None:
+    def delete_many(self, paths: Sequence[bytes]) -> None:
         """Like `delete` of each, in as few requests as the store allows."""
         for path in paths:
             self.delete(path)
