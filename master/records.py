@@ -92,6 +92,13 @@ class InodeRecord(msgspec.Struct, array_like=True, gc=False):
     target: bytes = b""
     """Of a symlink."""
 
+    held_by: int = 0
+    """Of dirty sealed content: the worker that sealed it, which surely has it (its block report
+    comes only with the next heartbeat). Means nothing when the content is clean."""
+    mtime_set_at_ns: int = 0
+    """While home != 0: when utimens(2) set mtime_ns (wall clock); a commit that tells of an older
+    write does not change it. 0: not set since writing began."""
+
 
 SYNC_CONTENT = 1
 """Create it there or bring its bytes up to date."""
