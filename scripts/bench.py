@@ -338,9 +338,10 @@ WORKLOADS: dict[str, tuple[str, str, Callable[[Place], float]]] = {
 }
 
 
-def settle() -> None:
-    """Let earlier dirty pages go to disk before the next measurement."""
-    os.sync()
+def progress(text: str) -> None:
+    """One line that is overwritten, on a terminal only."""
+    if sys.stderr.isatty():
+        print(f"\r{text}", end="\033[K", file=sys.stderr, flush=True)
 
 
 def measure(places: list[Place], names: list[str], rounds: int) -> dict[str, list[list[float]]]:
@@ -349,12 +350,10 @@ def measure(places: list[Place], names: list[str], rounds: int) -> dict[str, lis
     for number in range(rounds):
         for name in names:
             for index, place in enumerate(places):
-                print(
-                    f"\rround {number + 1}/{rounds}: {name} in {place.label} ", end="\033[K", file=sys.stderr
-                )
-                settle()
+                progress(f"round {number + 1}/{rounds}: {name} in {place.label}")
+                os.sync()  # earlier dirty pages go to disk before the next measurement
                 results[name][index].append(WORKLOADS[name][2](place))
-    print("\r\033[K", end="", file=sys.stderr)
+    progress("")
     return results
 
 
