@@ -7,10 +7,15 @@ request class. `rpc.server` serves a Service on sockets, `rpc.client` dials one,
 Handlers are plain functions where they need no await (they then run inline, as one serialised
 step), else coroutine functions. A handler raises `AlluxioFuseError`s only; anything else is a bug:
 it is logged with its traceback, counted, and answered as code "internal", EIO.
+
+A coroutine handler is cancelled when its connection ends or the daemon shuts down; in process also
+when its caller is cancelled. What must not stop halfway belongs into a nursery of the daemon.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -19,6 +24,8 @@ from typing import Any, Generic, TypeVar
 from alluxiofuse.wire.messages import Request
 
 R = TypeVar("R")
+
+_log = logging.getLogger(__name__)
 
 Buffer = bytes | bytearray | memoryview
 
@@ -40,13 +47,20 @@ class Answer(Generic[R]):
     """A result with what does not fit in msgpack.
 
     As returned by a handler: `payload` bytes or a FileRange, `fds` descriptors to pass (Unix and
-    in-process only; dropped on TCP). The transport duplicates descriptors: the handler keeps its own.
+    in-process only; dropped on TCP; at most 4). The transport duplicates descriptors as soon as the
+    handler returns: the handler keeps its own. A payload buffer is sent in place, so it must stay
+    unchanged after the handler returned; a FileRange's fd stays open until `on_sent`.
     As received by a caller: `payload` is a Buffer, `fds` are the caller's to close.
     """
 
     result: R
     payload: Buffer | FileRange = b""
     fds: list[int] = field(default_factory=list)
+
+    def close_fds(self) -> None:
+        """By a caller that does not want the descriptors (any more). Idempotent."""
+        while self.fds:
+            os.close(self.fds.pop())
 
 
 @dataclass(slots=True)
@@ -74,7 +88,10 @@ class Peer:
         """By the transport, once."""
         callbacks, self._on_close = self._on_close, []
         for callback in callbacks:
-            callback()
+            try:
+                callback()
+            except Exception:
+                _log.exception("an on_close callback for %s failed: a bug", self.name)
 
 
 Handler = Callable[[Peer, Any, Buffer], Any | Awaitable[Any]]
@@ -112,6 +129,7 @@ class Connection(ABC):
     async def call(self, request: Request[R], payload: Buffer = b"") -> R:
         """The result alone (descriptors and payload, if any, are dropped)."""
         answer = await self.exchange(request, payload)
+        answer.close_fds()
         return answer.result
 
     @property
