@@ -1,0 +1,319 @@
+"""Operations that change names and attributes. Every method is one synchronous step (see
+`loading`): checks, one transaction, commit, events. Rules follow Linux; who may do what is in
+`permissions`, how the tree changes in `tree`.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+
+from alluxiofuse.errors import FsError
+from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.master import permissions
+from alluxiofuse.master.events import Events
+from alluxiofuse.master.namespace import Namespace, check_name
+from alluxiofuse.master.permissions import EXECUTE, WRITE, require
+from alluxiofuse.master.persist_log import PersistLog
+from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.store import Transaction
+from alluxiofuse.wire.master_ops import (
+    RENAME_NOREPLACE,
+    Link,
+    Mkdir,
+    Mknod,
+    Rename,
+    Renamed,
+    Rmdir,
+    SetAttr,
+    Symlink,
+    Unlink,
+    Unlinked,
+)
+from alluxiofuse.wire.types import EVENT_ATTR, EVENT_ENTRY, Attr, Caller, Event
+
+_NODE_TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
+
+
+class Changes:
+    def __init__(self, namespace: Namespace, persist_log: PersistLog, events: Events) -> None:
+        self._namespace = namespace
+        self._store = namespace.store
+        self._tree = namespace.tree
+        self._gate = namespace.gate
+        self._now_ns = namespace.clock.now_ns
+        self._persist_log = persist_log
+        self._events = events
+
+    # --- shared -----------------------------------------------------------------------------------
+
+    def new_record(self, who: Caller, parent_record: InodeRecord, mode: int) -> InodeRecord:
+        """Of an inode that `who` creates in that directory; it has no name yet."""
+        mode, uid, gid = permissions.creation_owner(who, parent_record, mode)
+        now = self._now_ns()
+        nlink = 2 if stat.S_ISDIR(mode) else 1
+        record = InodeRecord(mode, nlink, uid, gid, 0, 0, now, now, now, now, 0, b"", 0)
+        record.is_loaded = stat.S_ISDIR(mode)
+        record.checked_at_ns = now
+        if record.is_loaded:
+            record.listed_at_ns = now
+        return record
+
+    def free_place(self, tx: Transaction, who: Caller, parent: int, name: bytes) -> InodeRecord:
+        """The parent's record, when `who` may create the name there and nothing has it. EEXIST wins
+        over permissions, as in Linux."""
+        check_name(name)
+        parent_record = self._tree.directory(tx, parent)
+        require(who, parent_record, EXECUTE)
+        child = tx.child(parent, name)
+        self._gate.child(parent, parent_record, name, child)
+        if child is not None:
+            raise FsError(errno.EEXIST)
+        self._namespace.require_writable(parent_record)
+        require(who, parent_record, WRITE | EXECUTE)
+        return parent_record
+
+    def insert(
+        self, tx: Transaction, session_id: int, parent: int, parent_record: InodeRecord, name: bytes,
+        record: InodeRecord,
+    ) -> int:  # fmt: skip
+        """Name a new inode, commit, tell."""
+        ino = self._tree.insert(tx, parent, parent_record, name, record)
+        tx.commit()
+        self._persist_log.wake()
+        self._events.publish(session_id, Event(EVENT_ENTRY, parent, name))
+        return ino
+
+    def _place(self, tx: Transaction, who: Caller, parent: int, name: bytes) -> tuple[InodeRecord, int, InodeRecord]:  # fmt: skip
+        """(parent's record, inode, its record) of an existing name. ENOENT."""
+        check_name(name)
+        parent_record = self._tree.directory(tx, parent)
+        require(who, parent_record, EXECUTE)
+        child = tx.child(parent, name)
+        self._gate.child(parent, parent_record, name, child)
+        if child is None:
+            raise FsError(errno.ENOENT)
+        return parent_record, child, self._tree.record(tx, child)
+
+    def _require_unmounted(self, parent_record: InodeRecord, record: InodeRecord) -> None:
+        """EBUSY for a mount point: its mount is not that of its parent."""
+        if record.mount_id != parent_record.mount_id:
+            raise FsError(errno.EBUSY)
+
+    def _require_empty(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
+        self._gate.children(ino, record)
+        if not tx.is_empty("edge", ino.to_bytes(8, "big")):
+            raise FsError(errno.ENOTEMPTY)
+
+    # --- creating ---------------------------------------------------------------------------------
+
+    def mkdir(self, req: Mkdir) -> Attr:
+        tx = self._store.transaction()
+        parent_record = self.free_place(tx, req.who, req.parent, req.name)
+        record = self.new_record(req.who, parent_record, stat.S_IFDIR | req.mode & 0o1777)
+        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
+        return self._namespace.attr(ino, record)
+
+    def mknod(self, req: Mknod) -> Attr:
+        kind = stat.S_IFMT(req.mode) or stat.S_IFREG
+        if kind not in _NODE_TYPES:
+            raise FsError(errno.EPERM if kind == stat.S_IFDIR else errno.EINVAL)
+        is_device = kind in (stat.S_IFCHR, stat.S_IFBLK)
+        if is_device and permissions.is_checked(req.who) and req.who.uid != 0:
+            raise FsError(errno.EPERM)
+        tx = self._store.transaction()
+        parent_record = self.free_place(tx, req.who, req.parent, req.name)
+        record = self.new_record(req.who, parent_record, kind | req.mode & 0o7777)
+        record.rdev = req.rdev if is_device else 0
+        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
+        return self._namespace.attr(ino, record)
+
+    def symlink(self, req: Symlink) -> Attr:
+        if b"\0" in req.target:
+            raise FsError(errno.EINVAL)
+        tx = self._store.transaction()
+        parent_record = self.free_place(tx, req.who, req.parent, req.name)
+        record = self.new_record(req.who, parent_record, stat.S_IFLNK | 0o777)
+        record.target, record.size = req.target, len(req.target)
+        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
+        return self._namespace.attr(ino, record)
+
+    def link(self, req: Link) -> Attr:
+        tx = self._store.transaction()
+        record = self._tree.record(tx, req.ino)
+        parent_record = self.free_place(tx, req.who, req.parent, req.name)
+        if stat.S_ISDIR(record.mode):
+            raise FsError(errno.EPERM)
+        if record.nlink == 0:
+            raise FsError(errno.ENOENT)
+        if record.mount_id != parent_record.mount_id:
+            raise FsError(errno.EXDEV)
+        self._tree.link(tx, req.parent, parent_record, req.name, req.ino, record)
+        tx.commit()
+        self._events.publish(
+            req.session_id, Event(EVENT_ENTRY, req.parent, req.name), Event(EVENT_ATTR, req.ino)
+        )
+        return self._namespace.attr(req.ino, record)
+
+    # --- removing ---------------------------------------------------------------------------------
+
+    def unlink(self, req: Unlink) -> Unlinked:
+        tx = self._store.transaction()
+        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
+        permissions.require_removable(req.who, parent_record, record)
+        if stat.S_ISDIR(record.mode):
+            raise FsError(errno.EISDIR)
+        self._namespace.require_writable(parent_record)
+        return self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
+
+    def rmdir(self, req: Rmdir) -> None:
+        tx = self._store.transaction()
+        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
+        permissions.require_removable(req.who, parent_record, record)
+        if not stat.S_ISDIR(record.mode):
+            raise FsError(errno.ENOTDIR)
+        self._namespace.require_writable(parent_record)
+        self._require_unmounted(parent_record, record)
+        self._require_empty(tx, ino, record)
+        self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
+
+    def _detach(
+        self, tx: Transaction, session_id: int, parent: int, name: bytes, ino: int, record: InodeRecord,
+        parent_record: InodeRecord,
+    ) -> Unlinked:  # fmt: skip
+        unlinked = self._tree.detach(tx, parent, name, ino, record, parent_record)
+        tx.commit()
+        self._persist_log.wake()
+        told = [Event(EVENT_ENTRY, parent, name)]
+        if unlinked.nlink or ino in self._tree.orphans:
+            told.append(Event(EVENT_ATTR, ino))
+        self._events.publish(session_id, *told)
+        return unlinked
+
+    # --- renaming ---------------------------------------------------------------------------------
+
+    def rename(self, req: Rename) -> Renamed:
+        if req.flags & ~RENAME_NOREPLACE:
+            raise FsError(errno.EINVAL)
+        tx = self._store.transaction()
+        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
+        check_name(req.new_name)
+        is_same_parent = req.parent == req.new_parent
+        new_parent_record = parent_record if is_same_parent else self._tree.directory(tx, req.new_parent)
+        require(req.who, new_parent_record, EXECUTE)
+        target = tx.child(req.new_parent, req.new_name)
+        self._gate.child(req.new_parent, new_parent_record, req.new_name, target)
+        target_record = None if target is None else self._tree.record(tx, target)
+        if target is not None and req.flags & RENAME_NOREPLACE:
+            raise FsError(errno.EEXIST)
+        self._check_loop(tx, req, ino, record, target)
+        if target == ino:
+            return Renamed(ino, None)
+        permissions.require_removable(req.who, parent_record, record)
+        replaced = None
+        if target is not None and target_record is not None:
+            permissions.require_removable(req.who, new_parent_record, target_record)
+            replaced = (target, target_record)
+        else:
+            require(req.who, new_parent_record, WRITE | EXECUTE)
+        if stat.S_ISDIR(record.mode) and not is_same_parent:
+            require(req.who, record, WRITE)  # its ".." changes
+        self._check_mounts(parent_record, record, new_parent_record, target_record)
+        if replaced is not None:
+            self._check_replaceable(tx, record, *replaced)
+        gone = self._tree.rename(
+            tx,
+            (req.parent, parent_record, req.name),
+            (req.new_parent, new_parent_record, req.new_name),
+            (ino, record),
+            replaced,
+        )
+        tx.commit()
+        self._persist_log.wake()
+        self._tell_renamed(req, ino, gone)
+        return Renamed(ino, gone)
+
+    def _check_loop(
+        self, tx: Transaction, req: Rename, ino: int, record: InodeRecord, target: int | None
+    ) -> None:
+        """EINVAL for a directory into itself, ENOTEMPTY onto one of its own ancestors."""
+        if req.parent == req.new_parent:
+            return
+        if stat.S_ISDIR(record.mode) and self._tree.is_below(tx, req.new_parent, ino):
+            raise FsError(errno.EINVAL)
+        if target is not None and self._tree.is_below(tx, req.parent, target):
+            raise FsError(errno.ENOTEMPTY)
+
+    def _check_mounts(
+        self,
+        parent_record: InodeRecord,
+        record: InodeRecord,
+        new_parent_record: InodeRecord,
+        target_record: InodeRecord | None,
+    ) -> None:
+        """EXDEV, EBUSY, EROFS."""
+        if parent_record.mount_id != new_parent_record.mount_id:
+            raise FsError(errno.EXDEV)
+        self._require_unmounted(parent_record, record)
+        if target_record is not None:
+            self._require_unmounted(new_parent_record, target_record)
+        self._namespace.require_writable(parent_record)
+
+    def _check_replaceable(
+        self, tx: Transaction, record: InodeRecord, target: int, target_record: InodeRecord
+    ) -> None:
+        if stat.S_ISDIR(record.mode):
+            if not stat.S_ISDIR(target_record.mode):
+                raise FsError(errno.ENOTDIR)
+            self._require_empty(tx, target, target_record)
+        elif stat.S_ISDIR(target_record.mode):
+            raise FsError(errno.EISDIR)
+
+    def _tell_renamed(self, req: Rename, ino: int, gone: Unlinked | None) -> None:
+        told = [
+            Event(EVENT_ENTRY, req.parent, req.name),
+            Event(EVENT_ENTRY, req.new_parent, req.new_name),
+            Event(EVENT_ATTR, ino),
+        ]
+        if gone is not None and (gone.nlink or gone.ino in self._tree.orphans):
+            told.append(Event(EVENT_ATTR, gone.ino))
+        self._events.publish(req.session_id, *told)
+
+    # --- attributes -------------------------------------------------------------------------------
+
+    def setattr(self, req: SetAttr) -> Attr:
+        tx = self._store.transaction()
+        record = self._tree.record(tx, req.ino)
+        self._namespace.require_writable(record)
+        now = self._now_ns()
+        if req.mode is not None:
+            record.mode = permissions.changed_mode(req.who, record, req.mode)
+        if req.uid is not None or req.gid is not None:
+            self._chown(req, record)
+        if req.atime_now or req.mtime_now or req.atime_ns is not None or req.mtime_ns is not None:
+            self._utimens(req, record, now)
+        record.ctime_ns = now
+        if record.nlink and req.ino != ROOT_INO:
+            self._persist_log.attrs_changed(tx, req.ino, record)
+        tx.put_inode(req.ino, record)
+        tx.commit()
+        self._persist_log.wake()
+        self._events.publish(req.session_id, Event(EVENT_ATTR, req.ino))
+        return self._namespace.attr(req.ino, record)
+
+    def _chown(self, req: SetAttr, record: InodeRecord) -> None:
+        permissions.require_chown(req.who, record, req.uid, req.gid)
+        if req.mode is None:  # else the caller's kernel has taken the bits into account
+            record.mode = permissions.mode_after_chown(record.mode)
+        record.uid = record.uid if req.uid is None else req.uid
+        record.gid = record.gid if req.gid is None else req.gid
+
+    def _utimens(self, req: SetAttr, record: InodeRecord, now: int) -> None:
+        only_now = req.atime_ns is None and req.mtime_ns is None
+        permissions.require_utimens(req.who, record, only_now)
+        if req.atime_now or req.atime_ns is not None:
+            record.atime_ns = now if req.atime_ns is None else req.atime_ns
+        if req.mtime_now or req.mtime_ns is not None:
+            record.mtime_ns = now if req.mtime_ns is None else req.mtime_ns
+            if record.home:
+                record.mtime_set_at_ns = now

@@ -1,0 +1,195 @@
+"""Operations on names and inodes that change nothing, and what both kinds of operations share.
+
+Every method is one synchronous step (see `loading`): it may raise `NeedsLoad` to the gate that runs
+it. Errors are those of the system call of that name; an inode that is gone is StaleError.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from collections.abc import Callable
+
+from alluxiofuse.errors import FsError, StaleError
+from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
+from alluxiofuse.master.clock import Clock
+from alluxiofuse.master.loading import Gate
+from alluxiofuse.master.permissions import EXECUTE, READ, require
+from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.store import Store, Transaction, u64
+from alluxiofuse.master.tree import Tree
+from alluxiofuse.wire.master_ops import DirPage, Unlinked
+from alluxiofuse.wire.types import NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
+
+MAX_SYMLINKS = 40
+"""Followed in one path, as in Linux (path_resolution(7))."""
+
+
+def check_name(name: bytes) -> None:
+    """EINVAL, ENAMETOOLONG."""
+    if len(name) > MAX_NAME_BYTES:
+        raise FsError(errno.ENAMETOOLONG)
+    if name in (b"", b".", b"..") or b"/" in name or b"\0" in name:
+        raise FsError(errno.EINVAL)
+
+
+def is_clean(record: InodeRecord) -> bool:
+    """The under storage has exactly the content that the file has."""
+    return record.is_in_ufs and record.ufs_container == record.container and not record.home
+
+
+def persistence(record: InodeRecord) -> int:
+    if record.is_local_only:
+        return NOT_PERSISTED
+    is_there = is_clean(record) if stat.S_ISREG(record.mode) else record.is_in_ufs
+    return PERSISTED if is_there and record.location is None else TO_BE_PERSISTED
+
+
+class Namespace:
+    def __init__(
+        self,
+        store: Store,
+        tree: Tree,
+        gate: Gate,
+        clock: Clock,
+        is_readonly: Callable[[int], bool],
+    ) -> None:
+        """`is_readonly(mount_id)`."""
+        self.store = store
+        self.tree = tree
+        self.gate = gate
+        self.clock = clock
+        self._is_readonly = is_readonly
+        self._cache_s = gate.loader.cache_s
+
+    # --- shared -----------------------------------------------------------------------------------
+
+    def attr(self, ino: int, r: InodeRecord) -> Attr:
+        return Attr(
+            ino,
+            r.mode,
+            r.nlink,
+            r.uid,
+            r.gid,
+            r.rdev,
+            r.size,
+            r.atime_ns,
+            r.mtime_ns,
+            r.ctime_ns,
+            r.btime_ns,
+            r.container,
+            r.home,
+            persistence(r),
+            r.mount_id,
+            self._cache_s(r),
+        )
+
+    def detach(self, tx: Transaction, parent: int, name: bytes, ino: int, record: InodeRecord) -> Unlinked:
+        """Take one name away (see `Tree.detach`). No checks, no events: the caller's."""
+        return self.tree.detach(tx, parent, name, ino, record)
+
+    def require_writable(self, record: InodeRecord) -> None:
+        """EROFS in a read-only mount."""
+        if self._is_readonly(record.mount_id):
+            raise FsError(errno.EROFS)
+
+    def existing(self, ino: int) -> InodeRecord:
+        """StaleError when it is gone."""
+        record = self.store.inode(ino)
+        if record is None:
+            raise StaleError(f"inode {ino} is gone")
+        return record
+
+    def directory(self, ino: int) -> InodeRecord:
+        """StaleError, ENOTDIR."""
+        record = self.existing(ino)
+        if not stat.S_ISDIR(record.mode):
+            raise FsError(errno.ENOTDIR)
+        return record
+
+    def child(self, parent: int, parent_record: InodeRecord, name: bytes) -> int | None:
+        """Inode of a name that has been loaded if need be; None when there is none."""
+        child = self.store.child(parent, name)
+        self.gate.child(parent, parent_record, name, child)
+        return child
+
+    # --- operations -------------------------------------------------------------------------------
+
+    def lookup(self, who: Caller, parent: int, name: bytes) -> Attr:
+        check_name(name)
+        parent_record = self.directory(parent)
+        require(who, parent_record, EXECUTE)
+        child = self.child(parent, parent_record, name)
+        if child is None:
+            raise FsError(errno.ENOENT)
+        return self.attr(child, self.existing(child))
+
+    def getattr(self, ino: int) -> Attr:
+        record = self.existing(ino)
+        self.gate.fresh(ino, record)
+        return self.attr(ino, record)
+
+    def readdir(self, who: Caller, ino: int, after: bytes, limit: int) -> DirPage:
+        record = self.directory(ino)
+        require(who, record, READ)
+        self.gate.children(ino, record)
+        entries: list[DirEntry] = []
+        inode, attr = self.store.inode, self.attr
+        for name, value in self.store.scan("edge", u64(ino), after or None):
+            if len(entries) == limit:
+                return DirPage(entries, False)
+            child = int.from_bytes(value, "big")
+            child_record = inode(child)
+            if child_record is not None:
+                entries.append(DirEntry(name, attr(child, child_record)))
+        return DirPage(entries, True)
+
+    def access(self, who: Caller, ino: int, mask: int) -> None:
+        record = self.existing(ino)
+        require(who, record, mask)
+        if mask & 2 and not stat.S_ISCHR(record.mode) and not stat.S_ISBLK(record.mode):
+            self.require_writable(record)
+
+    def readlink(self, ino: int) -> bytes:
+        record = self.existing(ino)
+        if not stat.S_ISLNK(record.mode):
+            raise FsError(errno.EINVAL)
+        self.gate.fresh(ino, record)
+        return record.target
+
+    def resolve(self, who: Caller, path: bytes, follow: bool) -> list[Attr]:
+        """Attributes of the root, of every directory on the (physical) way, and of what the path
+        leads to. Symlinks on the way are always followed, the last one when `follow`; absolute ones
+        start at the root of the namespace."""
+        root = self.existing(ROOT_INO)
+        way: list[tuple[int, InodeRecord]] = [(ROOT_INO, root)]
+        todo = [part for part in reversed(path.split(b"/")) if part]
+        must_be_directory = path.endswith((b"/", b"/."))
+        followed = 0
+        while todo:
+            part = todo.pop()
+            ino, record = way[-1]
+            if not stat.S_ISDIR(record.mode):
+                raise FsError(errno.ENOTDIR)
+            require(who, record, EXECUTE)
+            if part in (b".", b".."):
+                if part == b".." and len(way) > 1:
+                    way.pop()
+                continue
+            check_name(part)
+            child = self.child(ino, record, part)
+            if child is None:
+                raise FsError(errno.ENOENT)
+            child_record = self.existing(child)
+            if stat.S_ISLNK(child_record.mode) and (todo or follow or must_be_directory):
+                followed += 1
+                if followed > MAX_SYMLINKS:
+                    raise FsError(errno.ELOOP)
+                if child_record.target.startswith(b"/"):
+                    del way[1:]
+                todo.extend(p for p in reversed(child_record.target.split(b"/")) if p)
+                continue
+            way.append((child, child_record))
+        if must_be_directory and not stat.S_ISDIR(way[-1][1].mode):
+            raise FsError(errno.ENOTDIR)
+        return [self.attr(ino, record) for ino, record in way]

@@ -1,0 +1,150 @@
+"""Client sessions: leases, and who has which inode open. In memory; clients bring it back after a
+restart of the master (`OpenSession` with the old id and what they hold open).
+
+Guarded by nothing: all calls come from the master's only thread, none awaits.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from alluxiofuse.errors import SessionExpiredError
+from alluxiofuse.master.clock import Clock
+from alluxiofuse.master.store import Store
+
+
+@dataclass(slots=True)
+class Session:
+    session_id: int
+    client_name: str
+    hostname: str
+    seen_at_s: float
+    """Of the monotonic clock: the last sign of life."""
+    opens: Counter[int] = field(default_factory=Counter)
+    """Inode -> how many open files."""
+    writes: dict[int, int] = field(default_factory=dict)
+    """Inode -> container that this session began to write and has not seen sealed."""
+    watch_count: int = 0
+    """Polls that wait here now: a session with one is alive however long the poll."""
+
+
+class Sessions:
+    def __init__(
+        self, store: Store, clock: Clock, lease_s: float, close_stale_sessions: bool = False
+    ) -> None:
+        """`close_stale_sessions`: no session of an earlier life can come back (one-process mode).
+        Must be constructed inside trio.run: the lease for returning sessions starts now."""
+        self._store = store
+        self._clock = clock
+        self.lease_s = lease_s
+        self._sessions: dict[int, Session] = {}
+        self._open_counts: Counter[int] = Counter()
+        """Inode -> opens of all sessions: the sum of their `opens`."""
+        self._first_id = store.take_number(b"next_session")
+        """Smaller ids are of earlier lives. (Taken and not used.)"""
+        self._return_until_s = clock.monotonic() + (0 if close_stale_sessions else lease_s)
+
+    # --- life -------------------------------------------------------------------------------------
+
+    def open(self, client_name: str, hostname: str, session_id: int, open_inos: list[int]) -> Session:
+        """A new session, or with `session_id` the one of that id. SessionExpiredError when that one
+        ended. `open_inos` (one item an open file) replaces what was known to be open."""
+        now = self._clock.monotonic()
+        if session_id == 0:
+            session_id = self._store.take_number(b"next_session")
+        elif session_id not in self._sessions and not self._may_return(session_id):
+            raise SessionExpiredError(f"session {session_id} has ended")
+        session = self._sessions.get(session_id)
+        if session is None:
+            session = self._sessions[session_id] = Session(session_id, client_name, hostname, now)
+        session.seen_at_s = now
+        self._set_opens(session, Counter(open_inos))
+        return session
+
+    def _may_return(self, session_id: int) -> bool:
+        return session_id < self._first_id and self.is_recovering
+
+    @property
+    def is_recovering(self) -> bool:
+        """Sessions of the life before may still come back: nothing of theirs is given up yet."""
+        return self._clock.monotonic() < self._return_until_s
+
+    def touch(self, session_id: int) -> Session:
+        """A sign of life. SessionExpiredError when there is no such session."""
+        session = self._sessions.get(session_id)
+        if session is None:
+            raise SessionExpiredError(f"session {session_id} has ended")
+        session.seen_at_s = self._clock.monotonic()
+        return session
+
+    def expired(self) -> list[int]:
+        """Sessions whose lease ran out: the caller ends them."""
+        end = self._clock.monotonic() - self.lease_s
+        return [s.session_id for s in self._sessions.values() if s.seen_at_s < end and not s.watch_count]
+
+    def remove(self, session_id: int) -> Session | None:
+        """Take a session out with all its opens; None when there is none."""
+        session = self._sessions.pop(session_id, None)
+        if session is not None:
+            self._open_counts.subtract(session.opens)
+            self._sweep(session.opens)
+        return session
+
+    def names(self) -> list[str]:
+        """For people: "fuse /mnt/a @ host"."""
+        return [f"{s.client_name} @ {s.hostname}" for s in self._sessions.values()]
+
+    # --- open files -------------------------------------------------------------------------------
+
+    def add_open(self, session_id: int, ino: int) -> None:
+        """SessionExpiredError, nothing changed."""
+        self.touch(session_id).opens[ino] += 1
+        self._open_counts[ino] += 1
+
+    def release(self, session_id: int, ino: int) -> bool:
+        """Give one open back; True when nobody has the inode open any more. A session or an open
+        that is not known is ignored (False): releases may come late."""
+        session = self._sessions.get(session_id)
+        if session is None or session.opens[ino] <= 0:
+            return False
+        session.opens[ino] -= 1
+        if not session.opens[ino]:
+            del session.opens[ino]
+        self._open_counts[ino] -= 1
+        self._sweep((ino,))
+        return not self.is_open(ino)
+
+    def is_open(self, ino: int) -> bool:
+        return ino in self._open_counts
+
+    def open_inos(self, session_id: int) -> list[int]:
+        session = self._sessions.get(session_id)
+        return [] if session is None else list(session.opens)
+
+    # --- writers ----------------------------------------------------------------------------------
+
+    def add_writer(self, session_id: int, ino: int, container: int) -> None:
+        self.touch(session_id).writes[ino] = container
+
+    def clear_writers(self, ino: int, container: int) -> None:
+        """`container` is sealed: nobody writes it any more."""
+        for session in self._sessions.values():
+            if session.writes.get(ino) == container:
+                del session.writes[ino]
+
+    def has_writer(self, ino: int) -> bool:
+        return any(ino in s.writes for s in self._sessions.values())
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _set_opens(self, session: Session, opens: Counter[int]) -> None:
+        old, session.opens = session.opens, opens
+        self._open_counts.update(opens)
+        self._open_counts.subtract(old)
+        self._sweep(old)
+
+    def _sweep(self, inos: object) -> None:
+        for ino in inos:  # type: ignore[attr-defined]
+            if self._open_counts[ino] <= 0:
+                del self._open_counts[ino]
