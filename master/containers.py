@@ -33,3 +33,14 @@ def inode_of_container(source: Store | Transaction, container: int) -> int | Non
     """The inode that has `container` (as content or base), None when nobody does."""
     value = source.get("meta", _PREFIX + u64(container))
     return None if value is None else int.from_bytes(value, "big")
+
+
+def owner(source: Store | Transaction, container: int) -> int | None:
+    """Like `inode_of_container`, but believed only when the inode itself confirms that it is its
+    content, or, while it is open for writing, its base."""
+    ino = inode_of_container(source, container)
+    record = None if ino is None else source.inode(ino)
+    if record is None:
+        return None
+    is_base = record.home != 0 and record.base_container == container
+    return ino if record.container == container or is_base else None

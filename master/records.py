@@ -7,8 +7,9 @@ edge     parent ino + name             -> ino (8 bytes)
 xattr    ino + name                    -> value
 mount    mount id                      -> MountRecord
 persist  b"s" + ino                    -> SyncEntry     "make the under storage equal to this inode"
-         b"r" + mount id + path        -> RemoveEntry   "nothing may be left at this path"
+         b"r" + mount id + path        -> RemoveEntry   "what is at this path is nobody's"
          b"l" + mount id + path        -> ino           index of InodeRecord.location overrides
+         b"i" + mount id + path        -> IntentRecord  "something is being put here"
 meta     b"format", b"cluster_id", b"next_ino", b"next_container", b"next_id", ...
          b"link" + ino + parent + name -> b""           further names of an inode (hard links)
          b"orphan" + ino               -> b""           nlink 0, kept while a session has it open
@@ -73,10 +74,8 @@ class InodeRecord(msgspec.Struct, array_like=True, gc=False):
     location: bytes | None = None
     """Path below the mount where the under storage has it, when that is not the place that its
     parent's location and its name give (renamed here, not moved there yet). None: that place.
-    Directories hand it down: children without one of their own lie below their parent's location."""
-    covers_ufs: bool = False
-    """The under storage may have something else at the path where this inode belongs (an object
-    that was deleted or replaced here, or a cut-short upload); it is overwritten or removed with it."""
+    Directories hand it down: children without one of their own lie below their parent's location.
+    Of an orphan: where its bytes still are (not in the index)."""
     is_local_only: bool = False
     """Lives in the master only, never persisted (what the store can't hold, MUST_CACHE)."""
     checked_at_ns: int = 0
@@ -113,20 +112,43 @@ class SyncEntry(msgspec.Struct, array_like=True, gc=False):
     change adds its bits and takes a new generation."""
 
     generation: int
-    """Rises with every change; an executor removes the entry only if it is still the one it did."""
+    """Taken from a store-wide counter at every change; an executor drops the ATTRS bit only if it is
+    still the one that it did."""
     what: int
     queued_at_ns: int
     intent: bytes | None = None
-    """An upload to this path was started and may or may not have arrived."""
+    """Something of this inode is being put at this path and may or may not have arrived; the
+    IntentRecord there says more."""
+
+
+INTENT_UPLOAD = 0
+"""A worker was told to upload a container."""
+INTENT_MAKE = 1
+"""The master makes it itself (directory, symlink, empty file, copy): the source stays where it is."""
+INTENT_RENAME = 2
+"""An atomic rename: what was at the inode's location is there or here."""
+
+
+class IntentRecord(msgspec.Struct, array_like=True, gc=False):
+    """Persist log: something of `ino` is being put at a path; committed before the first byte goes.
+    Others keep off that path until it is known what became of it."""
+
+    ino: int
+    kind: int
+    container: int = 0
+    task_id: int = 0
+    worker_id: int = 0
 
 
 class RemoveEntry(msgspec.Struct, array_like=True, gc=False):
-    """Persist log: a path at which nothing may be left. Never coexists with an inode that belongs
-    there (the inode absorbs it as covers_ufs)."""
+    """Persist log: the under storage may have something at this path that is nobody's. It is deleted,
+    or overwritten by the inode that belongs there. Never at a path where an inode has its bytes."""
 
     generation: int
     is_dir: bool
     queued_at_ns: int
+    holder: int = 0
+    """The inode whose bytes these were: not deleted while a session still has it open (orphan)."""
 
 
 class MountRecord(msgspec.Struct, array_like=True, gc=False):

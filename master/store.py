@@ -23,6 +23,7 @@ from alluxiofuse.master.records import (
     COLUMN_FAMILIES,
     FORMAT,
     InodeRecord,
+    IntentRecord,
     MountRecord,
     RemoveEntry,
     SyncEntry,
@@ -231,6 +232,16 @@ class Transaction:
 
     def delete_remove_entry(self, mount_id: int, path: bytes) -> None:
         self.delete("persist", b"r" + u64(mount_id) + path)
+
+    def intent(self, mount_id: int, path: bytes) -> IntentRecord | None:
+        value = self.get("persist", b"i" + u64(mount_id) + path)
+        return None if value is None else decoder(IntentRecord).decode(value)
+
+    def put_intent(self, mount_id: int, path: bytes, intent: IntentRecord) -> None:
+        self.put("persist", b"i" + u64(mount_id) + path, encode(intent))
+
+    def delete_intent(self, mount_id: int, path: bytes) -> None:
+        self.delete("persist", b"i" + u64(mount_id) + path)
 
     def commit(self) -> None:
         """Apply; the transaction is empty and usable again afterwards."""
