@@ -62,6 +62,7 @@ from alluxiofuse.ufs.local_files import (
 )
 from alluxiofuse.ufs.paths import check_new_path, check_path, show
 
+OPTIONS = {"fsync": "true or false: a change is on the medium before it counts as done; default true"}
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}
 _UNAVAILABLE = {
     errno.ESTALE,
@@ -102,7 +103,7 @@ class LocalUnderStorage(UnderStorage):
         self._home: tuple[int, int] | None = None
         """(st_dev, st_ino) of the directory when it was first seen. When both differ later, a
         filesystem was unmounted under us: what lies beneath must not be taken for our content."""
-        self.uri = f"file://{os.fsdecode(self._root)}"
+        self.uri = "file://" + self._root.decode("utf-8", "backslashreplace")
 
     def check(self) -> None:
         try:

@@ -1,0 +1,105 @@
+"""Reading S3 objects by obstore (measured fastest and cheapest, see docs/ufs.md).
+
+Only plain GETs with Range and If-Match; what obstore can't do (keys with control characters) or
+reports too vaguely (why something was refused) is left to the caller, see `Unclear`."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any
+
+import obstore
+from obstore.exceptions import BaseError, PreconditionError
+from obstore.store import S3Store
+
+from alluxiofuse.errors import UfsChangedError, UfsUnavailableError
+from alluxiofuse.ufs.s3_client import ATTEMPTS, CONNECT_TIMEOUT_S, S3Client
+from alluxiofuse.ufs.s3_options import S3Options
+
+if TYPE_CHECKING:
+    from obstore import GetOptions
+
+_REQUEST_LIMIT_S = 600
+"""A whole answer with its body; `read_timeout` is what notices a silent server."""
+_CREDENTIALS_LIFE = timedelta(minutes=2)
+"""How long obstore keeps what the credential chain said; the chain itself renews earlier than that."""
+
+
+_NO_ANSWER = "HTTP error:"
+"""In obstore's text: refused, timed out or cut off, as opposed to an answer with an error status."""
+
+
+class Unclear(Exception):
+    """The fast path failed in a way that the control path should judge; nothing was returned."""
+
+
+class S3Reader:
+    """Threads may share it."""
+
+    def __init__(self, options: S3Options, client: S3Client) -> None:
+        self._options = options
+        self._client = client
+        keys: dict[str, Any] = {}
+        if options.anonymous:
+            keys["skip_signature"] = True
+        elif options.access_key:
+            keys["access_key_id"] = options.access_key
+            keys["secret_access_key"] = options.secret_key
+            if options.session_token:
+                keys["session_token"] = options.session_token
+        else:
+            keys["credential_provider"] = self._credentials
+        if options.endpoint:
+            keys["endpoint"] = options.endpoint
+        self._store = S3Store(
+            options.bucket,
+            region=client.region,
+            virtual_hosted_style_request=not options.path_style,
+            client_options={
+                "allow_http": True,
+                "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
+                "read_timeout": timedelta(seconds=options.timeout_s),
+                "timeout": timedelta(seconds=_REQUEST_LIMIT_S),
+            },
+            retry_config={
+                "max_retries": ATTEMPTS - 1,
+                "retry_timeout": timedelta(seconds=options.timeout_s),
+                "backoff": {
+                    "init_backoff": timedelta(milliseconds=100),
+                    "max_backoff": timedelta(seconds=2),
+                    "base": 2,
+                },
+            },
+            **keys,
+        )
+
+    def _credentials(self) -> Any:
+        access_key, secret_key, token = self._client.credentials()
+        return {
+            "access_key_id": access_key,
+            "secret_access_key": secret_key,
+            "token": token,
+            "expires_at": datetime.now(UTC) + _CREDENTIALS_LIFE,
+        }
+
+    def read(self, key: str, offset: int, length: int, etag: str | None) -> tuple[memoryview, int, str]:
+        """([offset, offset + length) cut at the object's end, the object's size, its ETag).
+
+        `length` > 0. With `etag` (quoted): UfsChangedError for another version. UfsUnavailableError
+        for a body that is shorter than announced. Unclear: ask the control path."""
+        wanted: GetOptions = {"range": (offset, offset + length)}
+        if etag is not None:
+            wanted["if_match"] = etag
+        try:
+            answer = obstore.get(self._store, key, options=wanted)
+            meta = answer.meta
+            data = memoryview(answer.bytes())
+        except PreconditionError:
+            raise UfsChangedError(f"{self._options.place}: the object was changed outside") from None
+        except (BaseError, OSError, ValueError) as error:  # it maps to FileNotFoundError, ValueError, ...
+            if _NO_ANSWER in str(error):  # after its retries: no use in trying the other way too
+                raise UfsUnavailableError(f"{self._options.place}: no answer") from None
+            raise Unclear(type(error).__name__) from None
+        if len(data) != min(length, meta["size"] - offset):
+            raise UfsUnavailableError(f"{self._options.place}: an answer was cut short")
+        return data, meta["size"], meta["e_tag"] or ""
