@@ -1,0 +1,351 @@
+"""The worker registry: who is alive, who has which blocks, and what each worker is to do.
+
+All in memory but the worker ids: workers report their blocks when they register, then as deltas.
+Owned by the master's one thread; only `commands` awaits.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+import trio
+
+from alluxiofuse.config import MasterConfig
+from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError
+from alluxiofuse.master.clock import Clock
+from alluxiofuse.master.containers import owner
+from alluxiofuse.master.store import Store, u64
+from alluxiofuse.wire.master_ops import (
+    BlocksAccepted,
+    RegisterWorker,
+    Registration,
+    ReportBlocks,
+    WorkerCommands,
+    WorkerHeartbeat,
+)
+from alluxiofuse.wire.messages import NOTHING, Nothing
+from alluxiofuse.wire.types import (
+    BlockReport,
+    CleanCommand,
+    Command,
+    FreeCommand,
+    OrphanSeal,
+    PersistCommand,
+    Tier,
+    WorkerAddress,
+    WorkerInfo,
+)
+
+MAX_CONTAINERS_PER_COMMAND = 4096
+MAX_COMMANDS_PER_POLL = 256
+
+
+@dataclass(slots=True)
+class Worker:
+    """One registration. `blocks` grows while the full report comes in; alive once that is complete."""
+
+    address: WorkerAddress
+    tiers: list[Tier]
+    version: str
+    epoch: int
+    seen_at_s: float
+    """Of the monotonic clock."""
+    is_ready: bool = False
+    dirty_bytes: int = 0
+    blocks: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
+    """Container -> (bitmap of complete blocks, is dirty)."""
+    block_count: int = 0
+    to_free: dict[int, None] = field(default_factory=dict)
+    to_clean: dict[int, None] = field(default_factory=dict)
+    queue: deque[Command] = field(default_factory=deque)
+    has_commands: trio.Event = field(default_factory=trio.Event)
+    """Set while there is something to fetch; replaced when all was taken."""
+
+    @property
+    def room_bytes(self) -> int:
+        return sum(max(0, tier.capacity_bytes - tier.used_bytes) for tier in self.tiers)
+
+    def put_report(self, report: BlockReport) -> None:
+        old = self.blocks.pop(report.container, None)
+        if old is not None:
+            self.block_count -= _count(old[0])
+        if any(report.blocks):
+            self.blocks[report.container] = (report.blocks, report.is_dirty)
+            self.block_count += _count(report.blocks)
+
+
+class WorkerRegistry:
+    def __init__(self, store: Store, clock: Clock, config: MasterConfig) -> None:
+        self._store = store
+        self._clock = clock
+        self._config = config
+        self._workers: dict[int, Worker] = {}
+        self.on_orphan_seal: list[Callable[[int, OrphanSeal], None]] = []
+        """(worker id, seal): writers vanished without ending their writes."""
+        self.on_ready: list[Callable[[int], None]] = []
+        """A worker's full report is in: it is alive from here on."""
+        self.on_lost: list[Callable[[int], None]] = []
+        """A worker is not alive any more, or its process is a new one: what it was told is void."""
+
+    # --- who ---------------------------------------------------------------------------------------
+
+    def is_alive(self, worker_id: int) -> bool:
+        worker = self._workers.get(worker_id)
+        return worker is not None and worker.is_ready and not self._is_silent(worker)
+
+    def alive(self) -> list[int]:
+        return [worker_id for worker_id in self._workers if self.is_alive(worker_id)]
+
+    def choose_home(self, preferred: int) -> int:
+        """`preferred` when it is alive, else the one with most room. UnavailableError when none is."""
+        if self.is_alive(preferred):
+            return preferred
+        candidates = self.alive()
+        if not candidates:
+            raise UnavailableError("no worker is running: start one")
+        return max(candidates, key=lambda worker_id: self._workers[worker_id].room_bytes)
+
+    def infos(self) -> list[WorkerInfo]:
+        """Of all that registered in this life of the master, for people and clients."""
+        return [self._info(worker_id, worker) for worker_id, worker in sorted(self._workers.items())]
+
+    def room(self) -> tuple[int, int]:
+        """(capacity, available) bytes of the tiers of alive workers."""
+        tiers = [tier for worker_id in self.alive() for tier in self._workers[worker_id].tiers]
+        capacity = sum(tier.capacity_bytes for tier in tiers)
+        return capacity, max(0, capacity - sum(tier.used_bytes for tier in tiers))
+
+    # --- who has what ------------------------------------------------------------------------------
+
+    def holders(self, container: int) -> list[int]:
+        """Alive workers with at least one of its blocks, dirty holders and those with most first."""
+        found = [
+            (worker.blocks[container], worker_id)
+            for worker_id, worker in self._workers.items()
+            if container in worker.blocks and self.is_alive(worker_id)
+        ]
+        found.sort(key=lambda item: (not item[0][1], -_count(item[0][0])))
+        return [worker_id for _, worker_id in found]
+
+    def blocks_of(self, container: int) -> dict[int, bytes]:
+        """Worker id -> bitmap of complete blocks."""
+        return {
+            worker_id: self._workers[worker_id].blocks[container][0] for worker_id in self.holders(container)
+        }
+
+    def drop_container(self, container: int, also: int = 0) -> None:
+        """Tell all who have it, and worker `also` (that may have it without having reported it), to
+        drop it, dirty or not. Those that are away learn it when they register."""
+        if not container:
+            return
+        for worker_id, worker in self._workers.items():
+            if container in worker.blocks or worker_id == also:
+                worker.to_free[container] = None
+                worker.put_report(BlockReport(container, b"", False))
+                worker.has_commands.set()
+
+    def free_clean(self, containers: Iterable[int]) -> set[int]:
+        """Tell all who have one of these clean containers to drop it; the workers that were told."""
+        told = set()
+        for container in containers:
+            for worker_id in self.holders(container):
+                self.send(worker_id, FreeCommand([container], keep_dirty=True))
+                told.add(worker_id)
+        return told
+
+    def mark_clean(self, container: int, also: int = 0) -> None:
+        """Its bytes are in the under storage: tell those who hold it dirty, and worker `also`."""
+        for worker_id, worker in self._workers.items():
+            blocks, is_dirty = worker.blocks.get(container, (b"", False))
+            if is_dirty or worker_id == also:
+                worker.to_clean[container] = None
+                if blocks:
+                    worker.blocks[container] = (blocks, False)
+                worker.has_commands.set()
+
+    # --- commands ----------------------------------------------------------------------------------
+
+    def send(self, worker_id: int, command: Command) -> bool:
+        """Queue a command. False: the worker is not registered."""
+        worker = self._workers.get(worker_id)
+        if worker is None:
+            return False
+        worker.queue.append(command)
+        worker.has_commands.set()
+        return True
+
+    def withdraw(self, worker_id: int, task_id: int) -> bool:
+        """Take back a PersistCommand that was not fetched yet. False: it was (or never sent)."""
+        worker = self._workers.get(worker_id)
+        for command in worker.queue if worker is not None else ():
+            if isinstance(command, PersistCommand) and command.task_id == task_id:
+                assert worker is not None
+                worker.queue.remove(command)
+                return True
+        return False
+
+    def pending_commands(self, worker_id: int) -> int:
+        """How many commands wait to be fetched."""
+        worker = self._workers.get(worker_id)
+        return 0 if worker is None else len(worker.queue) + len(worker.to_free) + len(worker.to_clean)
+
+    # --- what workers ask --------------------------------------------------------------------------
+
+    def register(self, request: RegisterWorker) -> Registration:
+        """A new registration voids the old one of the same uuid, its blocks and commands."""
+        worker_id = self._worker_id(request.worker_uuid)
+        known = worker_id in self._workers
+        old = self._workers.get(worker_id)
+        if old is not None:
+            old.has_commands.set()
+        address = request.address
+        address.worker_id = worker_id
+        epoch = self._store.take_number(b"next_id")
+        self._workers[worker_id] = Worker(
+            address, request.tiers, request.version, epoch, self._clock.monotonic()
+        )
+        if known:
+            self._tell(self.on_lost, worker_id)
+        return Registration(worker_id, epoch, self._config.worker_heartbeat_s)
+
+    def report_blocks(self, request: ReportBlocks) -> BlocksAccepted:
+        worker = self._known(request.worker_id, request.epoch)
+        worker.seen_at_s = self._clock.monotonic()
+        unknown: list[int] = []
+        clean: list[int] = []
+        for report in request.reports:
+            state = self._judge(worker, report)
+            if state is None:
+                unknown.append(report.container)
+            elif state:
+                clean.append(report.container)
+        if request.is_last and not worker.is_ready:
+            worker.is_ready = True
+            self._tell(self.on_ready, request.worker_id)
+        return BlocksAccepted(unknown, clean)
+
+    def heartbeat(self, request: WorkerHeartbeat) -> Nothing:
+        worker = self._known(request.worker_id, request.epoch)
+        was_silent = self._is_silent(worker)
+        worker.seen_at_s = self._clock.monotonic()
+        worker.tiers = request.tiers
+        worker.dirty_bytes = request.dirty_bytes
+        for report in request.deltas:
+            state = self._judge(worker, report)
+            if state is not False and any(report.blocks):
+                (worker.to_free if state is None else worker.to_clean)[report.container] = None
+                worker.has_commands.set()
+        for seal in request.orphan_seals:
+            for callback in self.on_orphan_seal:
+                callback(request.worker_id, seal)
+        if was_silent and worker.is_ready:
+            self._tell(self.on_ready, request.worker_id)
+        return NOTHING
+
+    async def commands(self, request: WorkerCommands) -> list[Command]:
+        """Long poll. If cancelled, nothing was taken."""
+        worker = self._known(request.worker_id, request.epoch)
+        with trio.move_on_after(request.wait_s):
+            await worker.has_commands.wait()
+        if self._workers.get(request.worker_id) is not worker:
+            raise SessionExpiredError("the worker registered anew")
+        return _take(worker)
+
+    def check_lost(self) -> None:
+        """Forget the blocks of workers that have been silent for too long (they come back by
+        registering). Called now and then by the master."""
+        for worker_id, worker in list(self._workers.items()):
+            if worker.is_ready and self._is_silent(worker):
+                worker.is_ready = False
+                worker.blocks.clear()
+                worker.block_count = 0
+                worker.epoch = 0
+                worker.has_commands.set()
+                self._tell(self.on_lost, worker_id)
+
+    # --- within -----------------------------------------------------------------------------------
+
+    def _judge(self, worker: Worker, report: BlockReport) -> bool | None:
+        """Enter a report. None: nobody has that container; True: reported dirty, but it is clean."""
+        if not any(report.blocks):
+            worker.put_report(report)
+            return False
+        ino = owner(self._store, report.container)
+        record = None if ino is None else self._store.inode(ino)
+        if record is None:
+            return None
+        is_clean = report.is_dirty and record.is_in_ufs and record.ufs_container == report.container
+        worker.put_report(BlockReport(report.container, report.blocks, report.is_dirty and not is_clean))
+        return is_clean
+
+    def has_container(self, worker_id: int, container: int) -> bool:
+        worker = self._workers.get(worker_id)
+        return worker is not None and container in worker.blocks
+
+    def _known(self, worker_id: int, epoch: int) -> Worker:
+        worker = self._workers.get(worker_id)
+        if worker is None or worker.epoch != epoch or not epoch:
+            raise SessionExpiredError("this registration is not known any more: register again")
+        return worker
+
+    def _is_silent(self, worker: Worker) -> bool:
+        return self._clock.monotonic() - worker.seen_at_s >= self._config.worker_timeout_s
+
+    def _worker_id(self, uuid: str) -> int:
+        try:
+            key = b"worker" + uuid.encode("ascii")
+        except UnicodeEncodeError:
+            raise BadRequestError("a worker uuid is ASCII") from None
+        found = self._store.get("meta", key)
+        if found is not None:
+            return int.from_bytes(found, "big")
+        worker_id = self._store.take_number(b"next_worker")
+        tx = self._store.transaction()
+        tx.put("meta", key, u64(worker_id))
+        tx.commit()
+        return worker_id
+
+    def _info(self, worker_id: int, worker: Worker) -> WorkerInfo:
+        silent_ms = int((self._clock.monotonic() - worker.seen_at_s) * 1000)
+        return WorkerInfo(
+            worker.address,
+            worker.tiers,
+            self.is_alive(worker_id),
+            max(0, silent_ms),
+            len(worker.blocks),
+            worker.block_count,
+            worker.dirty_bytes,
+            worker.version,
+        )
+
+    @staticmethod
+    def _tell(callbacks: list[Callable[[int], None]], worker_id: int) -> None:
+        for callback in callbacks:
+            callback(worker_id)
+
+
+def _count(bitmap: bytes) -> int:
+    return int.from_bytes(bitmap, "little").bit_count()
+
+
+def _take(worker: Worker) -> list[Command]:
+    """What is queued, in commands of bounded size; the rest stays for the next poll."""
+    taken: list[Command] = []
+    if worker.to_free:
+        taken.append(FreeCommand(_take_keys(worker.to_free), keep_dirty=False))
+    if worker.to_clean:
+        taken.append(CleanCommand(_take_keys(worker.to_clean)))
+    while worker.queue and len(taken) < MAX_COMMANDS_PER_POLL:
+        taken.append(worker.queue.popleft())
+    if not (worker.queue or worker.to_free or worker.to_clean):
+        worker.has_commands = trio.Event()
+    return taken
+
+
+def _take_keys(keys: dict[int, None]) -> list[int]:
+    taken = list(keys)[:MAX_CONTAINERS_PER_COMMAND]
+    for key in taken:
+        del keys[key]
+    return taken
