@@ -74,17 +74,28 @@ class Changes:
         return parent_record
 
     def insert(
-        self, tx: Transaction, session_id: int, parent: int, parent_record: InodeRecord, name: bytes,
+        self,
+        tx: Transaction,
+        session_id: int,
+        parent: int,
+        parent_record: InodeRecord,
+        name: bytes,
         record: InodeRecord,
-    ) -> int:  # fmt: skip
+    ) -> int:
         """Name a new inode, commit, tell."""
         ino = self._tree.insert(tx, parent, parent_record, name, record)
+        self.finish_insert(tx, session_id, parent, name)
+        return ino
+
+    def finish_insert(self, tx: Transaction, session_id: int, parent: int, name: bytes) -> None:
+        """Commit, tell."""
         tx.commit()
         self._persist_log.wake()
         self._events.publish(session_id, Event(EVENT_ENTRY, parent, name))
-        return ino
 
-    def _place(self, tx: Transaction, who: Caller, parent: int, name: bytes) -> tuple[InodeRecord, int, InodeRecord]:  # fmt: skip
+    def _place(
+        self, tx: Transaction, who: Caller, parent: int, name: bytes
+    ) -> tuple[InodeRecord, int, InodeRecord]:
         """(parent's record, inode, its record) of an existing name. ENOENT."""
         check_name(name)
         parent_record = self._tree.directory(tx, parent)
@@ -178,9 +189,15 @@ class Changes:
         self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
 
     def _detach(
-        self, tx: Transaction, session_id: int, parent: int, name: bytes, ino: int, record: InodeRecord,
+        self,
+        tx: Transaction,
+        session_id: int,
+        parent: int,
+        name: bytes,
+        ino: int,
+        record: InodeRecord,
         parent_record: InodeRecord,
-    ) -> Unlinked:  # fmt: skip
+    ) -> Unlinked:
         unlinked = self._tree.detach(tx, parent, name, ino, record, parent_record)
         tx.commit()
         self._persist_log.wake()

@@ -46,7 +46,7 @@ _Need = tuple[int, bytes | None, bool]
 """(inode, name or None, whether a whole listing): what was asked for."""
 
 
-class NeedsLoad(Exception):  # noqa: N818 - it is no error, it is control flow of this module
+class NeedsLoad(Exception):
     """Raised out of a step; never leaves `Gate.run`."""
 
     def __init__(self, need: _Need, load: Callable[[], Awaitable[None]]) -> None:

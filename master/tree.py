@@ -50,6 +50,8 @@ class PersistHooks(Protocol):
         replaced: tuple[int, InodeRecord] | None,
     ) -> None: ...
 
+    def orphan_freed(self, ino: int, record: InodeRecord) -> None: ...
+
 
 def link_key(ino: int, parent: int, name: bytes) -> bytes:
     return LINK + u64(ino) + u64(parent) + name
@@ -258,9 +260,10 @@ class Tree:
             return
         tx = self.store.transaction()
         record = tx.inode(ino)
+        tx.delete("meta", ORPHAN + u64(ino))
         if record is not None and record.nlink == 0:
             self._discard(tx, ino, record)
-        tx.delete("meta", ORPHAN + u64(ino))
+            tx.after_commit(partial(self._persist_log.orphan_freed, ino, record))
         tx.commit()
         self.orphans.discard(ino)
 

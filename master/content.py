@@ -1,0 +1,292 @@
+"""Content of files: open, begin to write, seal, release; and where the bytes are.
+
+A file is sealed, or it has a home: the one worker at which it is written and read until the last
+writer's seal. What is dirty (not in the under storage) can only go on at the worker that holds it.
+Methods are synchronous steps (see `loading`); none awaits.
+"""
+
+from __future__ import annotations
+
+import errno
+import stat
+from functools import partial
+from typing import Protocol
+
+from alluxiofuse.errors import FsError, StaleError, UnavailableError
+from alluxiofuse.master import places
+from alluxiofuse.master.changes import Changes
+from alluxiofuse.master.containers import forget_container, give_container, new_container, owner
+from alluxiofuse.master.events import Events
+from alluxiofuse.master.namespace import Namespace, check_name, is_clean
+from alluxiofuse.master.permissions import EXECUTE, READ, WRITE, require
+from alluxiofuse.master.persist_log import PersistLog
+from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.sessions import Sessions
+from alluxiofuse.master.store import Store, Transaction, u64
+from alluxiofuse.master.tree import OPEN
+from alluxiofuse.wire.master_ops import BeginWrite, CommitContent, Create, Created, Open, Opened, Release
+from alluxiofuse.wire.types import EVENT_DATA, Attr, Event, Layout, OrphanSeal, UfsSource
+
+
+class Workers(Protocol):
+    """What is needed of `workers.WorkerRegistry`."""
+
+    def choose_home(self, preferred: int) -> int: ...
+
+    def is_alive(self, worker_id: int) -> bool: ...
+
+    def holders(self, container: int) -> list[int]: ...
+
+    def drop_container(self, container: int, also: int = 0) -> None: ...
+
+
+class Content:
+    def __init__(
+        self,
+        namespace: Namespace,
+        changes: Changes,
+        sessions: Sessions,
+        workers: Workers,
+        persist_log: PersistLog,
+        events: Events,
+        block_bytes: int,
+    ) -> None:
+        self._namespace = namespace
+        self._changes = changes
+        self._store: Store = namespace.store
+        self._tree = namespace.tree
+        self._sessions = sessions
+        self._workers = workers
+        self._persist_log = persist_log
+        self._events = events
+        self._block_bytes = block_bytes
+
+    # --- where it is ------------------------------------------------------------------------------
+
+    def layout(self, ino: int, record: InodeRecord) -> Layout:
+        """How to reach the content now."""
+        layout = Layout(
+            ino, record.container, record.size, record.block_bytes or self._block_bytes, None, record.home, []
+        )
+        if record.home:
+            # A truncated file starts empty: what it was made from is of no use to the worker.
+            if record.base_container and record.size:
+                layout.base_container, layout.base_size = record.base_container, record.base_size
+                layout.source = self._source(ino, record, record.base_container)
+        elif record.container:
+            layout.source = self._source(ino, record, record.container)
+            layout.workers = self._holders(record)
+        return layout
+
+    def _source(self, ino: int, record: InodeRecord, container: int) -> UfsSource | None:
+        if not record.is_in_ufs or record.ufs_container != container:
+            return None
+        path = places.location_path(self._store, ino, record)
+        if path is None:
+            return None
+        return UfsSource(record.mount_id, path, record.ufs_size, record.fingerprint)
+
+    def _holders(self, record: InodeRecord) -> list[int]:
+        """Alive workers that have it, the one that surely has all of it first."""
+        found = self._workers.holders(record.container)
+        first = 0 if is_clean(record) else record.held_by
+        if first and self._workers.is_alive(first):
+            return [first, *(w for w in found if w != first)]
+        return found
+
+    # --- opening ----------------------------------------------------------------------------------
+
+    def open(self, req: Open) -> Opened:
+        self._sessions.touch(req.session_id)
+        record = self._namespace.existing(req.ino)
+        self._check_open(req, record)
+        self._namespace.gate.fresh(req.ino, record)
+        self._sessions.add_open(req.session_id, req.ino)
+        return Opened(self._namespace.attr(req.ino, record), self.layout(req.ino, record))
+
+    def _check_open(self, req: Open, record: InodeRecord) -> None:
+        if stat.S_ISLNK(record.mode):
+            raise FsError(errno.ELOOP)
+        if req.for_write:
+            if stat.S_ISDIR(record.mode):
+                raise FsError(errno.EISDIR)
+            self._namespace.require_writable(record)
+        require(req.who, record, WRITE if req.for_write else READ)
+
+    def create(self, req: Create) -> Created:
+        self._sessions.touch(req.session_id)
+        check_name(req.name)
+        tx = self._store.transaction()
+        parent_record = self._tree.directory(tx, req.parent)
+        require(req.who, parent_record, EXECUTE)
+        child = tx.child(req.parent, req.name)
+        self._namespace.gate.child(req.parent, parent_record, req.name, child)
+        if child is not None:
+            if req.exclusive:
+                raise FsError(errno.EEXIST)
+            opened = self.open(Open(req.who, req.session_id, child, bool(req.home)))
+            return Created(opened.attr, opened.layout, False)
+        self._namespace.require_writable(parent_record)
+        require(req.who, parent_record, WRITE | EXECUTE)
+        return self._create_new(tx, req, parent_record)
+
+    def _create_new(self, tx: Transaction, req: Create, parent_record: InodeRecord) -> Created:
+        record = self._changes.new_record(req.who, parent_record, stat.S_IFREG | req.mode & 0o7777)
+        record.block_bytes = self._block_bytes
+        if req.home:
+            record.home = self._workers.choose_home(req.home)
+            record.container = new_container(self._store)
+        ino = self._tree.insert(tx, req.parent, parent_record, req.name, record)
+        if record.home:
+            tx.put("meta", OPEN + u64(ino), b"")
+        self._sessions.add_open(req.session_id, ino)
+        if record.home:
+            self._sessions.add_writer(req.session_id, ino, record.container)
+        self._changes.finish_insert(tx, req.session_id, req.parent, req.name)
+        return Created(self._namespace.attr(ino, record), self.layout(ino, record), True)
+
+    def release(self, req: Release) -> None:
+        for ino in req.inos:
+            if self._sessions.release(req.session_id, ino):
+                self._tree.released(ino)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def begin_write(self, req: BeginWrite) -> Layout:
+        self._sessions.touch(req.session_id)
+        tx = self._store.transaction()
+        record = self._file(tx, req.ino)
+        self._namespace.require_writable(record)
+        if record.home:
+            self._require_alive(record.home, req.ino)
+            self._sessions.add_writer(req.session_id, req.ino, record.container)
+            return self.layout(req.ino, record)
+        record.home = self._choose_home(req, record)
+        record.base_container, record.base_size = record.container, record.size
+        record.container = new_container(self._store)
+        give_container(tx, record.container, req.ino)
+        record.mtime_set_at_ns = 0
+        if req.truncate:
+            record.size = 0
+            record.mtime_ns = record.ctime_ns = self._namespace.clock.now_ns()
+        tx.put("meta", OPEN + u64(req.ino), b"")
+        tx.put_inode(req.ino, record)
+        self._sessions.add_writer(req.session_id, req.ino, record.container)
+        tx.commit()
+        self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
+        return self.layout(req.ino, record)
+
+    def _file(self, tx: Transaction, ino: int) -> InodeRecord:
+        record = self._tree.record(tx, ino)
+        if not stat.S_ISREG(record.mode):
+            raise FsError(errno.EISDIR if stat.S_ISDIR(record.mode) else errno.EINVAL)
+        return record
+
+    def _choose_home(self, req: BeginWrite, record: InodeRecord) -> int:
+        """Any worker may take clean, empty or unwanted content; dirty content binds to its worker."""
+        is_free = req.truncate or not record.size or not record.container or is_clean(record)
+        if is_free:
+            return self._workers.choose_home(req.home)
+        holders = [record.held_by] if record.held_by else self._workers.holders(record.container)
+        home = holders[0] if holders else 0
+        self._require_alive(home, req.ino)
+        return home
+
+    def _require_alive(self, worker_id: int, ino: int) -> None:
+        if not self._workers.is_alive(worker_id):
+            raise UnavailableError(
+                f"the worker that alone has the newest content of inode {ino} is not running"
+                + (f" (worker {worker_id})" if worker_id else "")
+            )
+
+    def commit_content(self, req: CommitContent) -> Attr:
+        tx = self._store.transaction()
+        record = self._file(tx, req.ino)
+        if record.container != req.container:
+            raise StaleError(f"the content of inode {req.ino} was replaced meanwhile")
+        if record.home:  # else sealed already: this is a repetition, or the worker's word came first
+            self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
+        return self._namespace.attr(req.ino, record)
+
+    def orphan_sealed(self, seal: OrphanSeal, worker_id: int) -> None:
+        """A worker sealed a container on its own. Idempotent: one that the master has sealed too, or
+        knows of no more, changes nothing (the latter is dropped there)."""
+        ino = owner(self._store, seal.container)
+        tx = self._store.transaction()
+        record = None if ino is None else tx.inode(ino)
+        if ino is None or record is None or record.container != seal.container:
+            self._workers.drop_container(seal.container, worker_id)
+        elif record.home == worker_id:
+            self._commit(tx, 0, ino, record, seal.size, seal.mtime_ns, is_sealed=True)
+
+    def _commit(
+        self,
+        tx: Transaction,
+        session_id: int,
+        ino: int,
+        record: InodeRecord,
+        size: int,
+        mtime_ns: int,
+        is_sealed: bool,
+    ) -> None:
+        """Of a file that has a home."""
+        record.size = size
+        if mtime_ns > record.mtime_set_at_ns:
+            record.mtime_ns = mtime_ns
+        record.ctime_ns = self._namespace.clock.now_ns()
+        if is_sealed:
+            self._seal(tx, ino, record)
+        tx.put_inode(ino, record)
+        tx.commit()
+        self._persist_log.wake()
+        self._events.publish(session_id, Event(EVENT_DATA, ino))
+
+    def _seal(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
+        home, base, base_holder = record.home, record.base_container, record.held_by or record.home
+        record.held_by = home
+        record.home = record.base_container = record.base_size = record.mtime_set_at_ns = 0
+        tx.delete("meta", OPEN + u64(ino))
+        if base:
+            forget_container(tx, base)
+            tx.after_commit(partial(self._workers.drop_container, base, base_holder))
+        if record.nlink:
+            self._persist_log.content_committed(tx, ino, record)
+        self._sessions.clear_writers(ino, record.container)
+
+    def revert(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
+        """The home never heard of `record.container`: nothing was written, the base is the content
+        again. The caller commits; sessions are told by an event."""
+        container, home = record.container, record.home
+        record.container, record.size = record.base_container, record.base_size
+        record.home = record.base_container = record.base_size = record.mtime_set_at_ns = 0
+        tx.delete("meta", OPEN + u64(ino))
+        forget_container(tx, container)
+        give_container(tx, record.container, ino)
+        tx.put_inode(ino, record)
+        self._sessions.clear_writers(ino, container)
+        tx.after_commit(partial(self._workers.drop_container, container, home))
+        tx.after_commit(lambda: self._tell(ino))
+
+    def _tell(self, ino: int) -> None:
+        self._events.publish(0, Event(EVENT_DATA, ino))
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def end_session(self, session_id: int) -> None:
+        """Everything that the session held ends: watches, opens, orphans that only it had open. What
+        it was writing is sealed by the worker, which notices that its connection is gone."""
+        session = self._sessions.remove(session_id)
+        self._events.forget(session_id)
+        if session is not None:
+            for ino in session.opens:
+                if not self._sessions.is_open(ino):
+                    self._tree.released(ino)
+
+    def sweep(self) -> None:
+        """End sessions whose lease ran out; once sessions of the life before can't come back any more,
+        orphans that nobody has open."""
+        for session_id in self._sessions.expired():
+            self.end_session(session_id)
+        if not self._sessions.is_recovering:
+            for ino in [i for i in self._tree.orphans if not self._sessions.is_open(i)]:
+                self._tree.released(ino)
