@@ -1,0 +1,117 @@
+"""The one place where every error of a FUSE handler ends.
+
+pyfuse3 lets nothing but FUSEError out of a handler: any other exception would end the session and
+leave a dead mount. Cancellation passes, it is how the session ends.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import logging
+import time
+from collections.abc import Callable, Coroutine
+from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
+
+import pyfuse3
+
+from alluxiofuse.errors import AlluxioFuseError, FsError, StaleError
+
+log = logging.getLogger("alluxiofuse.fuse")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+REPEAT_S = 10.0
+"""The same trouble is logged again after this long, with the number of times it was left out."""
+
+_PASSED_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+"""Of an OSError that nobody translated; everything else is EIO."""
+
+
+class Troubles:
+    """Logs what programs on the mount can't be told in an errno: bugs once per kind with their
+    traceback, failures of the system behind us one line every `REPEAT_S`. Trio thread only."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._bugs: set[tuple[str, type[BaseException]]] = set()
+        self._failures: dict[tuple[str, str], tuple[float, int]] = {}
+        """(handler, code) -> (when logged last, how often left out since)."""
+
+    def failure(self, handler: str, exc: AlluxioFuseError) -> None:
+        key = (handler, exc.code)
+        logged_at, left_out = self._failures.get(key, (-REPEAT_S, 0))
+        if self._clock() - logged_at < REPEAT_S:
+            self._failures[key] = (logged_at, left_out + 1)
+            return
+        self._failures[key] = (self._clock(), 0)
+        more = f" (and {left_out} more since the last such line)" if left_out else ""
+        log.warning("%s failed: %s: %s%s", handler, exc.code, exc.message, more)
+
+    def bug(self, handler: str, exc: Exception) -> None:
+        key = (handler, type(exc))
+        if key in self._bugs:
+            log.error("%s failed again: %r", handler, exc)
+            return
+        self._bugs.add(key)
+        log.error("%s failed unexpectedly; answered with an error, going on", handler, exc_info=exc)
+
+
+class HasTroubles(Protocol):
+    @property
+    def troubles(self) -> Troubles: ...
+
+
+S = TypeVar("S", bound=HasTroubles)
+
+
+def errno_of(troubles: Troubles, handler: str, exc: Exception) -> int:
+    """What the program is told; logs what has to be logged."""
+    if isinstance(exc, AlluxioFuseError):
+        if not isinstance(exc, FsError | StaleError):
+            troubles.failure(handler, exc)
+        return exc.errno or errno.EIO
+    troubles.bug(handler, exc)
+    if isinstance(exc, OSError) and exc.errno in _PASSED_ERRNOS:
+        return exc.errno
+    return errno.EIO
+
+
+def guarded(
+    handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Of a handler that names things by (parent, name)."""
+    name = handler.__name__
+
+    @functools.wraps(handler)
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as exc:
+            raise pyfuse3.FUSEError(errno_of(self.troubles, name, exc)) from None
+
+    return call
+
+
+def guarded_by_inode(
+    handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """Of a handler that is given an inode: if that is gone, ESTALE makes the kernel look its path up
+    again (path_openat and friends retry with LOOKUP_REVAL), while ENOENT would reach the program
+    though the name exists."""
+    name = handler.__name__
+
+    @functools.wraps(handler)
+    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        try:
+            return await handler(self, *args, **kwargs)
+        except pyfuse3.FUSEError:
+            raise
+        except Exception as exc:
+            code = errno_of(self.troubles, name, exc)
+            raise pyfuse3.FUSEError(errno.ESTALE if code == errno.ENOENT else code) from None
+
+    return call

@@ -1,0 +1,421 @@
+"""VFS semantics on the client API. Needs no kernel: a test may call the handlers itself.
+
+Permissions are the kernel's business (`default_permissions`): callers travel without groups, as
+uid and gid of what they create. All handlers run in the trio thread, any number at a time.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import stat
+from collections.abc import Sequence
+
+import pyfuse3
+
+from alluxiofuse.client.filesystem import FileSystem, OpenFile
+from alluxiofuse.errors import AlluxioFuseError, FsError
+from alluxiofuse.fuse.guard import Troubles, errno_of, guarded, guarded_by_inode
+from alluxiofuse.fuse.handles import REOPEN_FLAGS, DirHandle, FileHandle, HandleTable
+from alluxiofuse.fuse.invalidation import Kernel
+from alluxiofuse.fuse.view import KernelView
+from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
+from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
+from alluxiofuse.wire.master_ops import RENAME_NOREPLACE
+from alluxiofuse.wire.types import SUPERUSER, Attr, Caller
+
+log = logging.getLogger("alluxiofuse.fuse")
+
+STATFS_BLOCK_BYTES = 4096
+_FREE_INODES = 1 << 32
+_FIRST_ENTRY = 2
+"""Directory positions: 0 the start, 1 behind `.`, 2 behind `..`, then one for each entry."""
+
+
+def _caller(ctx: pyfuse3.RequestContext) -> Caller:
+    return Caller(ctx.uid, ctx.gid, None)
+
+
+class Operations(pyfuse3.Operations):
+    """`kernel`: how to make the kernel forget attributes from within a handler; None without one."""
+
+    supports_dot_lookup = True
+    enable_writeback_cache = False  # the kernel would then believe its own sizes only, for ever
+    enable_acl = False
+
+    def __init__(
+        self,
+        fs: FileSystem,
+        *,
+        root_ino: int = ROOT_INO,
+        cache_limit_s: float = 0.0,
+        kernel: Kernel | None = None,
+    ) -> None:
+        super().__init__()
+        self.fs = fs
+        self.troubles = Troubles()
+        self.view = KernelView(root_ino, cache_limit_s, lambda: fs.is_watch_healthy)
+        self.view.on_void = self._void
+        self.files: HandleTable[FileHandle] = HandleTable()
+        self.dirs: HandleTable[DirHandle] = HandleTable()
+        self._xattrs = XattrNames()
+        self._parents: dict[int, int] = {}
+        """Of directories that were looked up or listed: `..` of a listing, no more."""
+        self._kernel = kernel
+
+    def _void(self, ino: int | None) -> None:
+        self._xattrs.void(ino)
+        if ino is not None and not self.view.knows(ino):
+            self._parents.pop(ino, None)
+
+    def _changed(self, *keys: int | tuple[int, bytes]) -> None:
+        """Changed through the mount itself. The kernel orders its own requests, but listings that
+        are being read hold older attributes."""
+        if len(self.dirs):
+            self.view.changes.note(*keys)
+
+    # --- names ----------------------------------------------------------------------------------------
+
+    @guarded
+    async def lookup(
+        self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent = self.view.ours(parent_inode)
+        since = self.view.changes.now
+        if name in (b".", b".."):
+            return await self._lookup_dot(parent, name, since)
+        try:
+            attr = await self.fs.lookup(_caller(ctx), parent, name)
+        except FsError as exc:
+            if exc.errno != errno.ENOENT:
+                raise
+            return self.view.negative(parent, name, since)
+        return self._entry(attr, parent, name, since)
+
+    async def _lookup_dot(self, ino: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        """Only for handles of a server that exports the mount (open_by_handle_at)."""
+        if name == b".." and ino != self.view.root_ino:
+            parent = self._parents.get(ino)
+            if parent is None:
+                raise FsError(errno.ESTALE)
+            ino = parent
+        return self.view.entry(await self.fs.getattr(ino), ino, name, since)
+
+    def _entry(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        if stat.S_ISDIR(attr.mode):
+            self._parents[attr.ino] = parent
+        return self.view.entry(attr, parent, name, since)
+
+    async def forget(self, inode_list: Sequence[tuple[int, int]]) -> None:
+        try:
+            for inode, count in inode_list:
+                self.view.forget(inode, count)
+        except Exception as exc:  # nobody waits for an answer
+            errno_of(self.troubles, "forget", exc)
+
+    def _made(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        """The answer to a creation."""
+        answer = self._entry(attr, parent, name, since)
+        self._changed(parent, (parent, name), attr.ino)
+        return answer
+
+    @guarded
+    async def mknod(
+        self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        attr = await self.fs.mknod(_caller(ctx), parent, name, mode, rdev)
+        return self._made(attr, parent, name, since)
+
+    @guarded
+    async def mkdir(
+        self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        attr = await self.fs.mkdir(_caller(ctx), parent, name, stat.S_IMODE(mode))
+        return self._made(attr, parent, name, since)
+
+    @guarded
+    async def symlink(
+        self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        attr = await self.fs.symlink(_caller(ctx), parent, name, target)
+        return self._made(attr, parent, name, since)
+
+    @guarded
+    async def link(
+        self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.EntryAttributes:
+        parent, since = self._parent_of_new(new_parent_inode, new_name), self.view.changes.now
+        attr = await self.fs.link(_caller(ctx), self.view.ours(inode), parent, new_name)
+        return self._made(attr, parent, new_name, since)
+
+    def _parent_of_new(self, parent_inode: int, name: bytes) -> int:
+        if len(name) > MAX_NAME_BYTES:
+            raise FsError(errno.ENAMETOOLONG)
+        return self.view.ours(parent_inode)
+
+    @guarded
+    async def unlink(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        parent = self.view.ours(parent_inode)
+        gone = await self.fs.unlink(_caller(ctx), parent, name)
+        self._removed(parent, name, gone.ino)
+
+    @guarded
+    async def rmdir(self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        parent = self.view.ours(parent_inode)
+        await self.fs.rmdir(_caller(ctx), parent, name)
+        self._removed(parent, name)
+
+    def _removed(self, parent: int, name: bytes, *inos: int) -> None:
+        self._changed(parent, (parent, name), *inos)
+        self.view.forget_name(parent, name)
+
+    @guarded
+    async def rename(
+        self,
+        parent_inode_old: int,
+        name_old: bytes,
+        parent_inode_new: int,
+        name_new: bytes,
+        flags: int,
+        ctx: pyfuse3.RequestContext,
+    ) -> None:
+        if flags & ~RENAME_NOREPLACE:
+            raise FsError(errno.EINVAL)  # RENAME_EXCHANGE, RENAME_WHITEOUT
+        old = self.view.ours(parent_inode_old)
+        new = self._parent_of_new(parent_inode_new, name_new)
+        done = await self.fs.rename(_caller(ctx), old, name_old, new, name_new, flags)
+        self._removed(old, name_old, done.ino)
+        self._changed(new, (new, name_new), *([done.replaced.ino] if done.replaced else []))
+        if done.ino in self._parents:
+            self._parents[done.ino] = new
+
+    @guarded_by_inode
+    async def readlink(self, inode: int, ctx: pyfuse3.RequestContext) -> bytes:
+        return await self.fs.readlink(self.view.ours(inode))
+
+    # --- attributes -----------------------------------------------------------------------------------
+
+    @guarded_by_inode
+    async def getattr(self, inode: int, ctx: pyfuse3.RequestContext) -> pyfuse3.EntryAttributes:
+        since = self.view.changes.now
+        return self.view.attributes(await self.fs.getattr(self.view.ours(inode)), since)
+
+    @guarded_by_inode
+    async def setattr(
+        self,
+        inode: int,
+        attr: pyfuse3.EntryAttributes,
+        fields: pyfuse3.SetattrFields,
+        fh: int | None,
+        ctx: pyfuse3.RequestContext,
+    ) -> pyfuse3.EntryAttributes:
+        ino = self.view.ours(inode)
+        since = self.view.changes.now
+        handle = None if fh is None else self.files.get(fh)
+        result = await self.fs.setattr(
+            _caller(ctx),
+            ino,
+            mode=stat.S_IMODE(attr.st_mode) if fields.update_mode else None,
+            uid=attr.st_uid if fields.update_uid else None,
+            gid=attr.st_gid if fields.update_gid else None,
+            size=attr.st_size if fields.update_size else None,
+            atime_ns=attr.st_atime_ns if fields.update_atime else None,
+            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            file=handle.file if handle and handle.is_writable else None,
+        )
+        answer = self.view.attributes(result, since)
+        self._changed(ino)
+        return answer
+
+    @guarded_by_inode
+    async def access(self, inode: int, mode: int, ctx: pyfuse3.RequestContext) -> bool:
+        await self.fs.access(_caller(ctx), self.view.ours(inode), mode & 7)
+        return True
+
+    @guarded
+    async def statfs(self, ctx: pyfuse3.RequestContext) -> pyfuse3.StatvfsData:
+        """The cache tiers: what can be stored without an under storage being faster than programs."""
+        usage = await self.fs.statfs()
+        out = pyfuse3.StatvfsData()
+        out.f_bsize = out.f_frsize = STATFS_BLOCK_BYTES
+        out.f_blocks = usage.capacity_bytes // STATFS_BLOCK_BYTES
+        out.f_bfree = out.f_bavail = usage.available_bytes // STATFS_BLOCK_BYTES
+        out.f_files = usage.inode_count + _FREE_INODES
+        out.f_ffree = out.f_favail = _FREE_INODES
+        out.f_namemax = MAX_NAME_BYTES
+        return out
+
+    # --- extended attributes --------------------------------------------------------------------------
+
+    @guarded_by_inode
+    async def getxattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> bytes:
+        check_name(name)
+        ino = self.view.ours(inode)
+        names = self._xattrs.get(ino)
+        if names is None:
+            names = await self._xattr_names(ino)
+        if name not in names:
+            raise pyfuse3.FUSEError(errno.ENODATA)
+        return await self.fs.getxattr(_caller(ctx), ino, name)
+
+    async def _xattr_names(self, ino: int) -> frozenset[bytes]:
+        since = self.view.changes.now
+        names: frozenset[bytes] = frozenset(await self.fs.listxattr(ino))
+        if self.fs.is_watch_healthy and self.view.changes.is_current(since, ino):
+            self._xattrs.learn(ino, names)
+        return names
+
+    @guarded_by_inode
+    async def setxattr(self, inode: int, name: bytes, value: bytes, ctx: pyfuse3.RequestContext) -> None:
+        check_name(name)
+        ino = self.view.ours(inode)
+        try:
+            await self.fs.setxattr(_caller(ctx), ino, name, value, 0)
+        finally:
+            self._xattrs_changed(ino)
+
+    @guarded_by_inode
+    async def removexattr(self, inode: int, name: bytes, ctx: pyfuse3.RequestContext) -> None:
+        check_name(name)
+        ino = self.view.ours(inode)
+        try:
+            await self.fs.removexattr(_caller(ctx), ino, name)
+        finally:
+            self._xattrs_changed(ino)
+
+    def _xattrs_changed(self, ino: int) -> None:
+        self._xattrs.void(ino)
+        self.view.changes.note(ino)  # also answers to listxattr that are under way
+
+    @guarded_by_inode
+    async def listxattr(self, inode: int, ctx: pyfuse3.RequestContext) -> list[bytes]:
+        ino = self.view.ours(inode)
+        names = self._xattrs.get(ino)
+        if names is None:
+            names = await self._xattr_names(ino)
+        return visible(sorted(names), ctx.uid)
+
+    # --- files ----------------------------------------------------------------------------------------
+
+    @guarded
+    async def create(
+        self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
+    ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
+        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        attr, file = await self.fs.create(_caller(ctx), parent, name, stat.S_IMODE(mode), flags)
+        if attr.size == 0 and attr.btime_ns == attr.mtime_ns == attr.ctime_ns and self.fs.is_watch_healthy:
+            self._xattrs.learn(attr.ino, frozenset())  # just made, as nothing has touched it since
+        self._warn_kernel(attr, flags)
+        return self._opened(attr.ino, flags, file), self._made(attr, parent, name, since)
+
+    @guarded_by_inode
+    async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        ino = self.view.ours(inode)
+        file = await self.fs.open(_caller(ctx), ino, flags)
+        self._warn_kernel(file.attr, flags)
+        if flags & os.O_TRUNC:
+            self._changed(ino)
+        return self._opened(ino, flags, file)
+
+    def _opened(self, ino: int, flags: int, file: OpenFile) -> pyfuse3.FileInfo:
+        fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file))
+        return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache)
+
+    def _warn_kernel(self, attr: Attr, flags: int) -> None:
+        """What is opened is other content than the kernel has the size of: it must ask again, even if
+        the news of the change is still on its way. Voiding attributes alone waits for nothing in the
+        kernel, so it may be done here; with O_TRUNC the kernel knows the size itself."""
+        told = self.view.container_of(attr.ino)
+        if self._kernel is not None and told not in (-1, attr.container) and not flags & os.O_TRUNC:
+            self._kernel.invalidate_inode(self.view.kernels(attr.ino), True)
+
+    @guarded
+    async def read(self, fh: int, off: int, size: int) -> bytes:
+        return await self.files.get(fh).file.read(off, size)  # type: ignore[return-value]  # a buffer
+
+    @guarded
+    async def write(self, fh: int, off: int, buf: bytes) -> int:
+        handle = self.files.get(fh)
+        count = await handle.file.write(off, buf)
+        self._changed(handle.ino)
+        return count
+
+    @guarded
+    async def flush(self, fh: int) -> None:
+        handle = self.files.get(fh)
+        if handle.is_writable:
+            await handle.file.flush()
+
+    @guarded
+    async def fsync(self, fh: int, datasync: bool) -> None:
+        await self.files.get(fh).file.fsync(datasync)
+
+    @guarded
+    async def release(self, fh: int) -> None:
+        await self.files.pop(fh).file.release()
+
+    async def flush_all(self) -> None:
+        """Before a forced unmount: close(2) for every file that is open for writing. Never raises
+        what a single file failed with; that is logged."""
+        for handle in self.files.values():
+            if handle.is_writable:
+                try:
+                    await handle.file.flush()
+                except AlluxioFuseError as exc:
+                    self.troubles.failure("flush", exc)
+
+    # --- directories ----------------------------------------------------------------------------------
+
+    @guarded_by_inode
+    async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
+        return self.dirs.add(DirHandle(self.view.ours(inode)))
+
+    @guarded_by_inode
+    async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
+        handle = self.dirs.get(fh)
+        async with handle.lock:
+            if start_id == 0:
+                await handle.start(self.fs.readdir(SUPERUSER, handle.ino))
+            position = start_id
+            while position < _FIRST_ENTRY:
+                if not await self._list_dot(handle, position, token):
+                    return
+                position += 1
+            await self._list_entries(handle, position, token)
+
+    async def _list_dot(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> bool:
+        """`.` and `..`; the kernel takes no reference for them and caches nothing of them."""
+        name, ino = (
+            (b".", handle.ino) if position == 0 else (b"..", self._parents.get(handle.ino, handle.ino))
+        )
+        entry = pyfuse3.EntryAttributes()
+        entry.st_ino = self.view.kernels(ino)
+        entry.st_mode = stat.S_IFDIR | 0o755
+        entry.attr_timeout = entry.entry_timeout = 0
+        return pyfuse3.readdir_reply(token, name, entry, position + 1)
+
+    async def _list_entries(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> None:
+        while True:
+            index = position - _FIRST_ENTRY
+            if not await handle.load(index + 1, self.view.changes.now):
+                return
+            found = handle.entries[index]
+            answer = self.view.listed(found.attr, handle.ino, found.name, handle.asked_at[index])
+            if not pyfuse3.readdir_reply(token, found.name, answer, position + 1):
+                return
+            self.view.taken(found.attr)
+            if stat.S_ISDIR(found.attr.mode):
+                self._parents[found.attr.ino] = handle.ino
+            position += 1
+
+    @guarded
+    async def releasedir(self, fh: int) -> None:
+        await self.dirs.pop(fh).close()
+
+    @guarded
+    async def fsyncdir(self, fh: int, datasync: bool) -> None:
+        await self.fs.sync()

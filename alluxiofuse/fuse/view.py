@@ -1,0 +1,197 @@
+"""What the kernel knows of us: inodes, and for how long it may believe what we said.
+
+Entries and attributes get long timeouts; the master tells what changed (the client's watch), and
+the kernel is made to forget just that. Two things make this safe: an answer that a change has
+overtaken is given with timeouts of zero (`ChangeLog`), and without a healthy watch nothing is cached.
+
+Inode numbers are the master's, except that a mount of a subtree shows its directory as the
+kernel's root (1). Everything here belongs to the trio thread.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections.abc import Callable
+
+import pyfuse3
+
+from alluxiofuse.fuse.changes import ChangeLog
+from alluxiofuse.fuse.invalidation import Invalidator
+from alluxiofuse.wire.types import Attr
+
+KERNEL_ROOT = 1
+BLOCK_SIZE_HINT = 128 << 10
+"""st_blksize: what stdio and Python buffer, so the size of the writes of many programs. Each write(2)
+is one request to us, but a buffered reader that seeks about reads this much each time."""
+MAX_TOP_NAMES = 1 << 20
+"""Names in the root directory that are remembered for `reset`; further ones are not cached."""
+
+
+class _Known:
+    """An inode that the kernel holds a reference to."""
+
+    __slots__ = ("cache_s", "container", "lookups")
+
+    def __init__(self) -> None:
+        self.lookups = 0
+        self.container = -1
+        """As of the last attributes that it was given; -1 none."""
+        self.cache_s = 0.0
+
+
+class KernelView:
+    """Also the FileSystem's CacheListener. `limit_s` bounds all timeouts; `is_healthy` says whether
+    changes are being heard of at all."""
+
+    def __init__(self, root_ino: int, limit_s: float, is_healthy: Callable[[], bool]) -> None:
+        self.root_ino = root_ino
+        self.changes = ChangeLog()
+        self.on_void: Callable[[int | None], None] = lambda ino: None
+        """Called with an inode of which all that is remembered elsewhere is void; None: of all."""
+        self._limit_s = limit_s
+        self._is_healthy = is_healthy
+        self._invalidator: Invalidator | None = None
+        self._known: dict[int, _Known] = {}
+        self._top_names: set[bytes] = set()
+        """Names of the root directory that the kernel may have cached, also as not existing."""
+
+    def connect(self, invalidator: Invalidator) -> None:
+        """From now on tell the kernel what to forget."""
+        self._invalidator = invalidator
+
+    # --- numbers ------------------------------------------------------------------------------------
+
+    def ours(self, kernel_ino: int) -> int:
+        return self.root_ino if kernel_ino == KERNEL_ROOT else kernel_ino
+
+    def kernels(self, ino: int) -> int:
+        return KERNEL_ROOT if ino == self.root_ino else ino
+
+    def knows(self, ino: int) -> bool:
+        return ino == self.root_ino or ino in self._known
+
+    def container_of(self, ino: int) -> int:
+        """Whose attributes the kernel was given last; -1: it was given none."""
+        known = self._known.get(ino)
+        return -1 if known is None else known.container
+
+    # --- answers ------------------------------------------------------------------------------------
+
+    def entry(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        """The answer to a lookup or creation, of which the kernel keeps a reference."""
+        self._tell(attr).lookups += 1
+        return self._filled(attr, *self._entry_timeouts(attr, parent, name, since))
+
+    def listed(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        """The same, for an entry of a listing; `taken` must follow when the kernel had room for it."""
+        return self._filled(attr, *self._entry_timeouts(attr, parent, name, since))
+
+    def taken(self, attr: Attr) -> None:
+        self._tell(attr).lookups += 1
+
+    def attributes(self, attr: Attr, since: int) -> pyfuse3.EntryAttributes:
+        """The answer to getattr or setattr."""
+        known = self._known.get(attr.ino)
+        if known is not None or attr.ino == self.root_ino:
+            self._tell(attr)
+        return self._filled(attr, 0.0, self._attr_timeout(attr, since))
+
+    def negative(self, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
+        """A name that does not exist, cached as long as entries of its directory are."""
+        answer = pyfuse3.EntryAttributes()
+        answer.st_ino = 0
+        known = self._known.get(parent)
+        cache_s = 0.0 if known is None else known.cache_s
+        answer.entry_timeout = self._entry_timeout(cache_s, parent, name, since)
+        return answer
+
+    def _tell(self, attr: Attr) -> _Known:
+        known = self._known.get(attr.ino)
+        if known is None:
+            known = self._known[attr.ino] = _Known()
+        known.container = attr.container
+        known.cache_s = attr.cache_s
+        return known
+
+    def _entry_timeouts(self, attr: Attr, parent: int, name: bytes, since: int) -> tuple[float, float]:
+        return self._entry_timeout(attr.cache_s, parent, name, since), self._attr_timeout(attr, since)
+
+    def _entry_timeout(self, cache_s: float, parent: int, name: bytes, since: int) -> float:
+        if not self.changes.is_current(since, (parent, name)) or not self._is_healthy():
+            return 0.0
+        if parent == self.root_ino and name not in self._top_names:
+            if len(self._top_names) >= MAX_TOP_NAMES:
+                return 0.0
+            self._top_names.add(name)
+        return max(0.0, min(cache_s, self._limit_s))
+
+    def _attr_timeout(self, attr: Attr, since: int) -> float:
+        if attr.home or not self.changes.is_current(since, attr.ino) or not self._is_healthy():
+            return 0.0  # with a home it is being written: size and times are asked for each time
+        return max(0.0, min(attr.cache_s, self._limit_s))
+
+    def _filled(self, attr: Attr, entry_s: float, attr_s: float) -> pyfuse3.EntryAttributes:
+        out = pyfuse3.EntryAttributes()
+        out.st_ino = self.kernels(attr.ino)
+        out.st_mode = attr.mode
+        out.st_nlink = attr.nlink
+        out.st_uid = attr.uid
+        out.st_gid = attr.gid
+        out.st_rdev = attr.rdev
+        out.st_size = attr.size
+        out.st_blocks = (attr.size + 511) >> 9 if stat.S_ISREG(attr.mode) else 0
+        out.st_blksize = BLOCK_SIZE_HINT
+        out.st_atime_ns = attr.atime_ns
+        out.st_mtime_ns = attr.mtime_ns
+        out.st_ctime_ns = attr.ctime_ns
+        out.entry_timeout = entry_s
+        out.attr_timeout = attr_s
+        return out
+
+    # --- what the kernel lets go of ---------------------------------------------------------------------
+
+    def forget(self, kernel_ino: int, count: int) -> None:
+        ino = self.ours(kernel_ino)
+        known = self._known.get(ino)
+        if known is None:
+            return
+        known.lookups -= count
+        if known.lookups <= 0 and ino != self.root_ino:
+            del self._known[ino]
+            self.on_void(ino)
+
+    def forget_name(self, parent: int, name: bytes) -> None:
+        """Removed through the mount itself."""
+        if parent == self.root_ino:
+            self._top_names.discard(name)
+
+    # --- CacheListener: what became void --------------------------------------------------------------
+
+    def attr_changed(self, ino: int) -> None:
+        self.changes.note(ino)
+        self.on_void(ino)
+        if self._invalidator is not None and self.knows(ino):
+            self._invalidator.attr(self.kernels(ino))
+
+    def data_changed(self, ino: int) -> None:
+        self.changes.note(ino)
+        self.on_void(ino)
+        if self._invalidator is not None and self.knows(ino):
+            self._invalidator.data(self.kernels(ino))
+
+    def entry_changed(self, parent: int, name: bytes) -> None:
+        self.changes.note((parent, name), parent)
+        if self._invalidator is not None and self.knows(parent):
+            self._invalidator.entry(self.kernels(parent), name)
+            # The kernel voids the directory's attributes itself only when it has such an entry.
+            self._invalidator.attr(self.kernels(parent))
+
+    def reset(self) -> None:
+        """Voiding an entry voids all that is below it, so the names in the root suffice, together with
+        the attributes and pages of every inode that is known (those in use are not dropped)."""
+        self.changes.note_all()
+        self.on_void(None)
+        if self._invalidator is not None:
+            names, self._top_names = self._top_names, set()
+            inos = [self.kernels(ino) for ino in self._known]
+            self._invalidator.reset([(KERNEL_ROOT, name) for name in names], inos)
