@@ -59,6 +59,8 @@ def _openat2(dir_fd: int, path: bytes, flags: int) -> int:
 
 
 def _walk(dir_fd: int, path: bytes, flags: int) -> int:
+    if path == b".":
+        return os.open(path, flags, dir_fd=dir_fd)
     *parents, last = path.split(b"/")
     if last in (b"", b".", b"..") or any(name in (b"", b".", b"..") for name in parents):
         raise OSError(errno.EXDEV, os.strerror(errno.EXDEV))
@@ -84,7 +86,7 @@ def _has_openat2() -> bool:
 
 
 open_beneath = _openat2 if _has_openat2() else _walk
-"""open_beneath(dir_fd, path, flags): an existing thing at `path` (not empty) below `dir_fd`.
+"""open_beneath(dir_fd, path, flags): an existing thing at `path` below `dir_fd`, itself for b".".
 
 OSError: ELOOP or ENOTDIR where a component is a symlink (the last one may be, with O_LOOK), EXDEV
 where the path would leave the directory, else as open(2)."""
