@@ -12,22 +12,14 @@ from alluxiofuse.units import parse_duration, parse_size
 DEFAULT_CACHE_LIMIT_S = 3600.0
 
 _KERNEL = frozenset(
-    ("ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "async", "sync", "dirsync", "atime")
-    + ("noatime", "nodiratime", "norelatime", "nostrictatime", "allow_other", "default_permissions")
+    {"ro", "rw", "suid", "nosuid", "dev", "nodev", "exec", "noexec", "async", "sync", "dirsync"}
+    | {"atime", "noatime", "nodiratime", "norelatime", "nostrictatime", "allow_other", "default_permissions"}
 )
 """What libfuse passes on to mount(2). (relatime and strictatime, lazytime, it does not know.)"""
 _IGNORED = frozenset(
-    ("defaults", "_netdev", "nofail", "fail", "auto", "noauto", "user", "nouser", "users", "owner", "group")
-    + (
-        "relatime",
-        "strictatime",
-        "diratime",
-        "lazytime",
-        "nolazytime",
-        "iversion",
-        "noiversion",
-        "big_writes",
-    )
+    {"defaults", "_netdev", "nofail", "fail", "auto", "noauto", "user", "nouser", "users", "owner"}
+    | {"group", "relatime", "strictatime", "diratime", "lazytime", "nolazytime", "iversion"}
+    | {"noiversion", "big_writes"}
 )
 """For mount(8), systemd, or accepted by other FUSE filesystems; without meaning here."""
 _IGNORED_PREFIXES = ("x-", "X-", "comment=", "context=", "fscontext=", "defcontext=", "rootcontext=")

@@ -170,7 +170,13 @@ def umount(path: str | bytes, *, is_lazy: bool = False) -> None:
         command = [helper, "-u", *(["-z"] if is_lazy else []), "--", target]
     command[0] = shutil.which(command[0], path=_system_path()) or command[0]
     try:
-        done = subprocess.run(command, capture_output=True, timeout=_FUSERMOUNT_TIMEOUT_S, check=False)
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            timeout=_FUSERMOUNT_TIMEOUT_S,
+            check=False,
+            env={**os.environ, "LC_ALL": "C"},
+        )
     except FileNotFoundError:
         raise UserError(f"cannot unmount {shown}: {command[0]} is not installed") from None
     except subprocess.TimeoutExpired:

@@ -9,14 +9,13 @@ import logging
 import os
 import signal
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
 import trio
 
 from alluxiofuse.client.filesystem import FileSystem
-from alluxiofuse.errors import AlluxioFuseError, UserError
+from alluxiofuse.errors import UserError
 from alluxiofuse.fuse import mountpoint as mountpoints
 from alluxiofuse.fuse.invalidation import Invalidator, PyFuse3Kernel
 from alluxiofuse.fuse.mountopts import MountOptions
@@ -67,7 +66,7 @@ async def serve(
 class _Session:
     def __init__(self, fs: FileSystem, mountpoint: str, options: MountOptions) -> None:
         self._fs = fs
-        self._mountpoint = mountpoint
+        self._mountpoint = os.path.realpath(mountpoint)  # later it would ask us
         self._options = options
         kernel = PyFuse3Kernel()
         self._operations = Operations(
@@ -76,6 +75,9 @@ class _Session:
         self._invalidator = Invalidator(kernel, self._operations.view.reset)
         self._ended = trio.Event()
         """The kernel has let go of the session, or the session was terminated."""
+        self._answering = trio.CancelScope(shield=True)
+        self._is_detached = False
+        """Unmounted lazily: nothing of ours is at the mountpoint any more."""
 
     async def run(
         self,
@@ -112,7 +114,7 @@ class _Session:
     async def _answer(self) -> None:
         """Shielded: a request that is cancelled is never answered, and its program hangs."""
         try:
-            with trio.CancelScope(shield=True):
+            with self._answering:
                 await pyfuse3.main(IDLE_TASKS, MAX_TASKS)
         finally:
             self._ended.set()
@@ -159,10 +161,11 @@ class _Session:
             await self._operations.flush_all()
         if scope.cancelled_caught:
             log.error("files open for writing were not flushed in %.0f s", FLUSH_TIMEOUT_S)
-        await self._try_umount(is_lazy=True)
+        self._is_detached = await self._try_umount(is_lazy=True)
         pyfuse3.terminate()
         with trio.move_on_after(FLUSH_TIMEOUT_S):
             await self._ended.wait()
+        self._answering.cancel()
 
     async def _try_umount(self, *, is_lazy: bool) -> bool:
         try:
@@ -177,15 +180,14 @@ class _Session:
     def _close(self) -> None:
         """The session is over: a notification must not find its memory freed."""
         self._invalidator.close()
-        is_idle = self._invalidator.join(JOIN_TIMEOUT_S)
-        if not is_idle:
-            # It waits in the kernel for a request that is not answered any more. Unmounting aborts
-            # that; until then the session must stay.
-            log.warning("a cache invalidation is stuck; unmounting first")
-            with suppress(AlluxioFuseError):
-                mountpoints.umount(self._mountpoint, is_lazy=True)
-            self._invalidator.join(JOIN_TIMEOUT_S)
-        pyfuse3.close(unmount=True)
+        if not self._invalidator.join(JOIN_TIMEOUT_S):
+            # It waits in the kernel for a request that nobody answers any more: aborting ends both.
+            log.warning("a cache invalidation is stuck: aborting the connection")
+            _abort(self._mountpoint)
+            if not self._invalidator.join(JOIN_TIMEOUT_S):
+                log.error("it stays stuck: the session is left to the end of the process")
+                return
+        pyfuse3.close(unmount=not self._is_detached)
 
 
 async def _first(ended: trio.Event, stop: trio.Event) -> None:
@@ -215,7 +217,7 @@ def _escaped(fsname: str) -> str:
 def _why_not(options: MountOptions) -> str:
     """libfuse has printed its own words to stderr; this is the usual reason."""
     if not os.path.exists("/dev/fuse"):
-        return "there is no /dev/fuse (load the module with `modprobe fuse`; in a container add --device /dev/fuse)"
+        return "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
     if os.geteuid() == 0:
         return "the kernel refused it (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
     if options.is_allowed_for_others:
@@ -227,13 +229,23 @@ def tune(mountpoint: str, options: MountOptions) -> None:
     """Larger read-ahead and more of it at once. Only root can; without it reads are slower, no more."""
     if os.geteuid() != 0:
         return
-    mount = mountpoints.mount_at(os.path.realpath(mountpoint))
+    mount = mountpoints.mount_at(mountpoint)
     if mount is None:
         return
     read_ahead = READ_AHEAD_BYTES if options.read_ahead_bytes is None else options.read_ahead_bytes
-    minor = mount.device.partition(":")[2]
     _write_setting(Path("/sys/class/bdi") / mount.device / "read_ahead_kb", read_ahead >> 10)
-    _write_setting(Path("/sys/fs/fuse/connections") / minor / "max_background", MAX_BACKGROUND)
+    _write_setting(_connection(mount) / "max_background", MAX_BACKGROUND)
+
+
+def _connection(mount: mountpoints.Mount) -> Path:
+    """The kernel's controls of a mount; its directory is named by the minor device number."""
+    return Path("/sys/fs/fuse/connections") / mount.device.partition(":")[2]
+
+
+def _abort(mountpoint: str) -> None:
+    mount = mountpoints.mount_at(mountpoint)
+    if mount is not None and mount.is_ours:
+        _write_setting(_connection(mount) / "abort", 1)
 
 
 def _write_setting(path: Path, value: int) -> None:
