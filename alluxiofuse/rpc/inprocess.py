@@ -67,7 +67,10 @@ class InProcess(Connection):
                 raise NotSentError("the connection was closed")
         try:
             result = self._table.run_decoded(self._peer, request, payload)
-            if type(result) is not Answer and not is_awaitable(result):
+            if type(result) is Answer:
+                if not result.fds and type(result.payload) is not FileRange:
+                    return as_answer(result)
+            elif not is_awaitable(result):
                 return Answer(result)
         except AlluxioFuseError:
             raise

@@ -106,8 +106,9 @@ def _reason(exc: OSError) -> str:
     return exc.strerror or str(exc)
 
 
-def listen_unix(path: str, mode: int) -> socket.socket:
-    """A listening, non-blocking Unix socket. UserError: see `server.serve_unix`."""
+def listen_unix(path: str, mode: int) -> tuple[socket.socket, os.stat_result]:
+    """A listening, non-blocking Unix socket, and its file, for `remove_unix`. UserError: see
+    `server.serve_unix`."""
     if len(os.fsencode(path)) > MAX_UNIX_PATH_BYTES:
         raise UserError(
             f"cannot listen on {path}: a socket's path may have at most {MAX_UNIX_PATH_BYTES} bytes"
@@ -118,12 +119,14 @@ def listen_unix(path: str, mode: int) -> socket.socket:
         # On Linux the file takes its mode from the socket, so it never exists with a wider one.
         os.fchmod(sock.fileno(), mode)
         sock.bind(path)
+        os.chmod(path, mode)  # The umask may have narrowed it.
+        made = os.lstat(path)
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError as exc:
         sock.close()
         raise UserError(f"cannot listen on {path}: {exc.strerror}") from None
-    return sock
+    return sock, made
 
 
 def _remove_stale(path: str) -> None:

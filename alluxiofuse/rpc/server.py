@@ -78,14 +78,13 @@ async def serve_unix(
     one serves there, or the socket cannot be made. TypeError: as above.
     """
     table = HandlerTable(service)
-    listener = listen_unix(path, mode)
+    listener, made = listen_unix(path, mode)
     acceptor = _Acceptor(table, security, _unix_peer)
-    found = os.stat(path)
     try:
         task_status.started(UnixAddress(path))
         await acceptor.run([listener])
     finally:
-        remove_unix(path, found)
+        remove_unix(path, made)
         _close([listener])
 
 
