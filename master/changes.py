@@ -94,17 +94,16 @@ class Changes:
         self._events.publish(session_id, Event(EVENT_ENTRY, parent, name))
 
     def _place(
-        self, tx: Transaction, who: Caller, parent: int, name: bytes
-    ) -> tuple[InodeRecord, int, InodeRecord]:
-        """(parent's record, inode, its record) of an existing name. ENOENT."""
+        self, tx: Transaction, who: Caller, parent: int, parent_record: InodeRecord, name: bytes
+    ) -> tuple[int, InodeRecord]:
+        """(inode, its record) of an existing name. ENOENT."""
         check_name(name)
-        parent_record = self._tree.directory(tx, parent)
         require(who, parent_record, EXECUTE)
         child = tx.child(parent, name)
         self._gate.child(parent, parent_record, name, child)
         if child is None:
             raise FsError(errno.ENOENT)
-        return parent_record, child, self._tree.record(tx, child)
+        return child, self._tree.record(tx, child)
 
     def _require_unmounted(self, parent_record: InodeRecord, record: InodeRecord) -> None:
         """EBUSY for a mount point: its mount is not that of its parent."""
@@ -170,7 +169,8 @@ class Changes:
 
     def unlink(self, req: Unlink) -> Unlinked:
         tx = self._store.transaction()
-        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
+        parent_record = self._tree.directory(tx, req.parent)
+        ino, record = self._place(tx, req.who, req.parent, parent_record, req.name)
         permissions.require_removable(req.who, parent_record, record)
         if stat.S_ISDIR(record.mode):
             raise FsError(errno.EISDIR)
@@ -179,7 +179,8 @@ class Changes:
 
     def rmdir(self, req: Rmdir) -> None:
         tx = self._store.transaction()
-        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
+        parent_record = self._tree.directory(tx, req.parent)
+        ino, record = self._place(tx, req.who, req.parent, parent_record, req.name)
         permissions.require_removable(req.who, parent_record, record)
         if not stat.S_ISDIR(record.mode):
             raise FsError(errno.ENOTDIR)
@@ -213,11 +214,13 @@ class Changes:
         if req.flags & ~RENAME_NOREPLACE:
             raise FsError(errno.EINVAL)
         tx = self._store.transaction()
-        parent_record, ino, record = self._place(tx, req.who, req.parent, req.name)
-        check_name(req.new_name)
         is_same_parent = req.parent == req.new_parent
-        new_parent_record = parent_record if is_same_parent else self._tree.directory(tx, req.new_parent)
+        # Both directories come first, in Linux as here: their errors win.
+        new_parent_record = self._tree.directory(tx, req.new_parent)
         require(req.who, new_parent_record, EXECUTE)
+        check_name(req.new_name)
+        parent_record = new_parent_record if is_same_parent else self._tree.directory(tx, req.parent)
+        ino, record = self._place(tx, req.who, req.parent, parent_record, req.name)
         target = tx.child(req.new_parent, req.new_name)
         self._gate.child(req.new_parent, new_parent_record, req.new_name, target)
         target_record = None if target is None else self._tree.record(tx, target)
@@ -228,16 +231,17 @@ class Changes:
             return Renamed(ino, None)
         permissions.require_removable(req.who, parent_record, record)
         replaced = None
-        if target is not None and target_record is not None:
-            permissions.require_removable(req.who, new_parent_record, target_record)
-            replaced = (target, target_record)
-        else:
+        if target is None or target_record is None:
             require(req.who, new_parent_record, WRITE | EXECUTE)
+        else:
+            permissions.require_removable(req.who, new_parent_record, target_record)
+            _require_same_kind(record, target_record)
+            replaced = (target, target_record)
         if stat.S_ISDIR(record.mode) and not is_same_parent:
             require(req.who, record, WRITE)  # its ".." changes
         self._check_mounts(parent_record, record, new_parent_record, target_record)
-        if replaced is not None:
-            self._check_replaceable(tx, record, *replaced)
+        if replaced is not None and stat.S_ISDIR(record.mode):
+            self._require_empty(tx, *replaced)
         gone = self._tree.rename(
             tx,
             (req.parent, parent_record, req.name),
@@ -275,16 +279,6 @@ class Changes:
         if target_record is not None:
             self._require_unmounted(new_parent_record, target_record)
         self._namespace.require_writable(parent_record)
-
-    def _check_replaceable(
-        self, tx: Transaction, record: InodeRecord, target: int, target_record: InodeRecord
-    ) -> None:
-        if stat.S_ISDIR(record.mode):
-            if not stat.S_ISDIR(target_record.mode):
-                raise FsError(errno.ENOTDIR)
-            self._require_empty(tx, target, target_record)
-        elif stat.S_ISDIR(target_record.mode):
-            raise FsError(errno.EISDIR)
 
     def _tell_renamed(self, req: Rename, ino: int, gone: Unlinked | None) -> None:
         told = [
@@ -334,3 +328,11 @@ class Changes:
             record.mtime_ns = now if req.mtime_ns is None else req.mtime_ns
             if record.home:
                 record.mtime_set_at_ns = now
+
+
+def _require_same_kind(record: InodeRecord, target_record: InodeRecord) -> None:
+    """A directory replaces only a directory, anything else only what is none."""
+    if stat.S_ISDIR(record.mode) and not stat.S_ISDIR(target_record.mode):
+        raise FsError(errno.ENOTDIR)
+    if not stat.S_ISDIR(record.mode) and stat.S_ISDIR(target_record.mode):
+        raise FsError(errno.EISDIR)

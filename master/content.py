@@ -37,6 +37,8 @@ class Workers(Protocol):
 
     def holders(self, container: int) -> list[int]: ...
 
+    def has_container(self, worker_id: int, container: int) -> bool: ...
+
     def drop_container(self, container: int, also: int = 0) -> None: ...
 
 
@@ -60,6 +62,9 @@ class Content:
         self._persist_log = persist_log
         self._events = events
         self._block_bytes = block_bytes
+        self._suspects: dict[int, float] = {}
+        """Files open for writing whose home is alive and has nothing of it, while no session has them
+        open; since when (monotonic)."""
 
     # --- where it is ------------------------------------------------------------------------------
 
@@ -283,10 +288,45 @@ class Content:
                     self._tree.released(ino)
 
     def sweep(self) -> None:
-        """End sessions whose lease ran out; once sessions of the life before can't come back any more,
-        orphans that nobody has open."""
+        """Called every second or so. End sessions whose lease ran out; once sessions of the life
+        before can't come back any more, free orphans that nobody has open and give up writes that
+        never began."""
         for session_id in self._sessions.expired():
             self.end_session(session_id)
+        if self._sessions.is_recovering:
+            return
+        for ino in [i for i in self._tree.orphans if not self._sessions.is_open(i)]:
+            self._tree.released(ino)
+        now = self._namespace.clock.monotonic()
+        found = self._never_begun()
+        self._suspects = {ino: self._suspects.get(ino, now) for ino in found}
+        for ino, since in list(self._suspects.items()):
+            if now - since >= self._sessions.lease_s:
+                self._revert(ino)
+
+    def worker_ready(self, worker_id: int) -> None:
+        """A worker has reported all that it has, so what it lacks it never heard of."""
         if not self._sessions.is_recovering:
-            for ino in [i for i in self._tree.orphans if not self._sessions.is_open(i)]:
-                self._tree.released(ino)
+            for ino in self._never_begun():
+                if self._namespace.existing(ino).home == worker_id:
+                    self._revert(ino)
+
+    def _never_begun(self) -> list[int]:
+        """Files whose writer vanished between telling the master and telling the home."""
+        found = []
+        for key, _ in self._store.scan("meta", OPEN):
+            ino = int.from_bytes(key, "big")
+            record = self._store.inode(ino)
+            if record is None or not record.home or self._sessions.is_open(ino):
+                continue
+            is_there = self._workers.has_container(record.home, record.container)
+            if not is_there and self._workers.is_alive(record.home):
+                found.append(ino)
+        return found
+
+    def _revert(self, ino: int) -> None:
+        tx = self._store.transaction()
+        record = tx.inode(ino)
+        if record is not None and record.home:
+            self.revert(tx, ino, record)
+            tx.commit()
