@@ -7,22 +7,51 @@ called in the trio thread of `run`, from any number of tasks. Errors are Alluxio
 
 from __future__ import annotations
 
+import logging
 import os
+import socket
 from collections.abc import AsyncIterator
+from typing import TypeVar
 
+import msgspec
 import trio
 
+from alluxiofuse.client.content import Content
+from alluxiofuse.client.core import Core, KernelPages
+from alluxiofuse.client.direct import DirectReader
 from alluxiofuse.client.open_file import OpenFile
-from alluxiofuse.client.session import CacheListener
+from alluxiofuse.client.session import CacheListener, Session
+from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
+from alluxiofuse.client.writing import Writing
 from alluxiofuse.config import ClientConfig
+from alluxiofuse.errors import AlluxioFuseError, UnavailableError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.wire import master_ops as ops
-from alluxiofuse.wire.types import Attr, Caller, DirEntry, FsUsage
+from alluxiofuse.wire import worker_ops
+from alluxiofuse.wire.messages import Request
+from alluxiofuse.wire.types import (
+    EVENT_ATTR,
+    EVENT_DATA,
+    EVENT_ENTRY,
+    EVENT_FREED,
+    Attr,
+    Caller,
+    DirEntry,
+    Event,
+    FsUsage,
+    Layout,
+)
 
 __all__ = ["CacheListener", "FileSystem", "OpenFile"]
 
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
 DIR_PAGE_ENTRIES = 2000
+CLOSING_S = 5.0
+"""How long a cancelled `run` may take to commit what is being written."""
+NO_WORKER = "no worker is running: start one to write files"
 
 
 class FileSystem:
@@ -30,36 +59,144 @@ class FileSystem:
         self,
         master: Connection,
         workers: WorkerPool,
-        config: ClientConfig,
+        config: ClientConfig | None = None,
         *,
         name: str = "client",
         hostname: str = "",
     ) -> None:
         """`name` is for people ("fuse /mnt/a"). `hostname` "": this machine's. `workers` is run by
-        this FileSystem and belongs to it."""
-        raise NotImplementedError
+        this FileSystem and belongs to it; `master` is the caller's, and must live until `run` ended."""
+        config = config or ClientConfig()
+        self._session = Session(master, self, name, hostname or socket.gethostname())
+        self._workers = workers
+        self._core = Core(
+            self._session,
+            workers,
+            SlabCache(config.max_cached_slabs),
+            DirectReader(master),
+            config,
+            KernelPages(),
+        )
+        self._contents = self._core.contents
+
+    # --- life ---------------------------------------------------------------------------------------
 
     async def run(self, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED) -> None:
         """Open the session (then `task_status.started()`), keep it, until cancelled. Cancelled, it
         first commits what is being written, best effort, within a few seconds."""
-        raise NotImplementedError
+        pool_scope = trio.CancelScope(shield=True)  # Connections outlive the cancellation.
+        async with trio.open_nursery() as outer:
+            await outer.start(self._run_workers, pool_scope)
+            try:
+                await self._session.open()
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(self._session.watch)
+                    nursery.start_soon(self._session.keep_releasing)
+                    nursery.start_soon(self._core.slabs.keep)
+                    task_status.started()
+            finally:
+                with trio.CancelScope(shield=True, deadline=trio.current_time() + CLOSING_S):
+                    await self._close()
+                pool_scope.cancel()
+
+    async def _run_workers(
+        self, scope: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
+    ) -> None:
+        with scope:
+            await self._workers.run(task_status=task_status)
+
+    async def _close(self) -> None:
+        for content in list(self._contents.values()):
+            if content.writing is not None:
+                await content.last_writer_left()
+            content.drop_slab()
+        await self._core.slabs.close()
+        await self._core.direct.close()
+        if self._session.id:
+            try:
+                await self._session.close()
+            except AlluxioFuseError as exc:
+                log.info("the session could not be closed: %s", exc)
+
+    async def resume(self, connection: Connection) -> None:
+        """To be called as `Reconnecting.on_connected` of the master's connection."""
+        await self._session.resume(connection)
 
     def set_listener(self, listener: CacheListener | None) -> None:
         """Who is told what became void. Before `run`, or at any time in its thread."""
-        raise NotImplementedError
+        self._session.listener = listener
+
+    @property
+    def session_id(self) -> int:
+        return self._session.id
+
+    @property
+    def workers(self) -> WorkerPool:
+        return self._workers
+
+    @property
+    def config(self) -> ClientConfig:
+        return self._core.config
 
     @property
     def is_watch_healthy(self) -> bool:
         """False: the master has not been heard of for a lease; then cache nothing (timeouts of 0)."""
-        raise NotImplementedError
+        return self._session.is_watch_healthy
+
+    async def ask_master(self, request: Request[R], *, is_idempotent: bool = False) -> R:
+        """Any operation of the master (management commands); a `session_id` in it is this one's."""
+        return await self._session.call(request, is_idempotent=is_idempotent)
+
+    # --- SessionHooks -------------------------------------------------------------------------------
+
+    def open_inos(self) -> list[int]:
+        return [content.ino for content in self._contents.values() for _ in content.files]
+
+    def changed(self, event: Event) -> None:
+        if event.kind == EVENT_FREED:
+            self._core.slabs.freed(event.container)
+            self._core.kernel_pages.forget(event.ino)
+        elif event.kind == EVENT_ENTRY:
+            return
+        elif event.kind == EVENT_DATA:
+            self._core.kernel_pages.forget(event.ino)
+        content = self._contents.get(event.ino)
+        if content is not None and event.kind in (EVENT_ATTR, EVENT_DATA):
+            content.is_stale = True
+
+    def all_changed(self) -> None:
+        self._core.kernel_pages.clear()
+        for content in self._contents.values():
+            content.is_stale = True
+
+    async def settle(self) -> None:
+        await self._core.slabs.send_detaches()
 
     # --- names and attributes -----------------------------------------------------------------------
 
+    async def _ask(self, request: Request[R]) -> R:
+        return await self._session.call(request, is_idempotent=True)
+
     async def lookup(self, who: Caller, parent: int, name: bytes) -> Attr:
-        raise NotImplementedError
+        return await self._live(await self._ask(ops.Lookup(who, parent, name)))
 
     async def getattr(self, ino: int) -> Attr:
-        raise NotImplementedError
+        return await self._live(await self._ask(ops.GetAttr(ino)))
+
+    async def _live(self, attr: Attr) -> Attr:
+        """With size and mtime of what is being written, here or elsewhere."""
+        if not attr.home:
+            return attr
+        content = self._contents.get(attr.ino)
+        if content is not None and content.writing is not None:
+            return content.overlay(attr)
+        try:
+            connection = await self._workers.connection(attr.home)
+            stat = await connection.call(worker_ops.StatContainer(attr.container))
+        except AlluxioFuseError:
+            return attr
+        mtime_ns = max(stat.mtime_ns, attr.mtime_ns) if stat.size != attr.size else attr.mtime_ns
+        return msgspec.structs.replace(attr, size=stat.size, mtime_ns=mtime_ns)
 
     async def setattr(
         self,
@@ -77,78 +214,194 @@ class FileSystem:
         file: OpenFile | None = None,
     ) -> Attr:
         """chmod, chown, utimens and truncate in one. `file`: the handle of ftruncate(2)."""
-        raise NotImplementedError
+        attr: Attr | None = None
+        if size is not None:
+            attr = await self._truncate(who, ino, size, file)
+        changes = (mode, uid, gid, atime_ns, mtime_ns)
+        if attr is not None and not (atime_now or mtime_now) and all(change is None for change in changes):
+            return attr
+        request = ops.SetAttr(who, self._session.id, ino, *changes, atime_now, mtime_now)
+        attr = await self._session.call(request)
+        content = self._contents.get(ino)
+        if content is None:
+            return await self._live(attr)
+        content.attr = attr
+        writing = content.writing
+        if writing is not None and (mtime_ns is not None or mtime_now):
+            # What is set after the last write wins over it; a later write wins over this.
+            writing.mtime_ns = attr.mtime_ns if mtime_ns is None else mtime_ns
+        return content.overlay(attr)
+
+    async def _truncate(self, who: Caller, ino: int, size: int, file: OpenFile | None) -> Attr:
+        if file is not None and file.is_writer and not file.is_released:
+            await file.truncate(size)
+            return file.attr
+        file = await self.open(who, ino, os.O_WRONLY | (0 if size else os.O_TRUNC))
+        try:
+            if size:
+                await file.truncate(size)
+            await file.flush()
+            return file.attr
+        finally:
+            await file.release()
 
     async def resolve(self, who: Caller, path: bytes, follow: bool = True) -> list[Attr]:
         """Attributes of every directory on an absolute path and, last, of what it names."""
-        raise NotImplementedError
+        attrs = await self._ask(ops.Resolve(who, path, follow))
+        if attrs and attrs[-1].home:
+            attrs = [*attrs[:-1], await self._live(attrs[-1])]
+        return attrs
 
-    def readdir(self, who: Caller, ino: int, after: bytes = b"") -> AsyncIterator[list[DirEntry]]:
+    async def readdir(self, who: Caller, ino: int, after: bytes = b"") -> AsyncIterator[list[DirEntry]]:
         """Pages of entries in byte order of their names, from behind `after`; without . and .."""
-        raise NotImplementedError
+        while True:
+            page = await self._ask(ops.ReadDir(who, ino, after, DIR_PAGE_ENTRIES))
+            if page.entries:
+                after = page.entries[-1].name
+                yield self._overlaid(page.entries)
+            if page.is_last or not page.entries:
+                return
 
-    async def list(self, who: Caller, ino: int) -> list[DirEntry]:
+    def _overlaid(self, entries: list[DirEntry]) -> list[DirEntry]:
+        """With the sizes of what this client is writing."""
+        contents = self._contents
+        if not contents:
+            return entries
+        return [
+            DirEntry(entry.name, content.overlay(entry.attr))
+            if (content := contents.get(entry.attr.ino)) is not None and content.writing is not None
+            else entry
+            for entry in entries
+        ]
+
+    async def list_dir(self, who: Caller, ino: int) -> list[DirEntry]:
         """The whole directory."""
-        raise NotImplementedError
+        found: list[DirEntry] = []
+        async for page in self.readdir(who, ino):
+            found += page
+        return found
 
     async def mkdir(self, who: Caller, parent: int, name: bytes, mode: int) -> Attr:
-        raise NotImplementedError
+        return await self._session.call(ops.Mkdir(who, self._session.id, parent, name, mode))
 
     async def mknod(self, who: Caller, parent: int, name: bytes, mode: int, rdev: int = 0) -> Attr:
-        raise NotImplementedError
+        """`mode` with its S_IFMT bits: a regular file (0 means that too), FIFO, socket or device."""
+        return await self._session.call(ops.Mknod(who, self._session.id, parent, name, mode, rdev))
 
     async def symlink(self, who: Caller, parent: int, name: bytes, target: bytes) -> Attr:
-        raise NotImplementedError
+        return await self._session.call(ops.Symlink(who, self._session.id, parent, name, target))
 
     async def readlink(self, ino: int) -> bytes:
-        raise NotImplementedError
+        return await self._ask(ops.ReadLink(ino))
 
     async def link(self, who: Caller, ino: int, parent: int, name: bytes) -> Attr:
-        raise NotImplementedError
+        return await self._live(await self._session.call(ops.Link(who, self._session.id, ino, parent, name)))
 
     async def unlink(self, who: Caller, parent: int, name: bytes) -> ops.Unlinked:
-        raise NotImplementedError
+        unlinked = await self._session.call(ops.Unlink(who, self._session.id, parent, name))
+        self._let_go(unlinked)
+        return unlinked
+
+    def _let_go(self, unlinked: ops.Unlinked | None) -> None:
+        """The worker can drop what nobody has open and no name leads to."""
+        if unlinked is not None and not unlinked.nlink:
+            self._core.slabs.freed(unlinked.container)
+            self._core.kernel_pages.forget(unlinked.ino)
 
     async def rmdir(self, who: Caller, parent: int, name: bytes) -> None:
-        raise NotImplementedError
+        await self._session.call(ops.Rmdir(who, self._session.id, parent, name))
 
     async def rename(
         self, who: Caller, parent: int, name: bytes, new_parent: int, new_name: bytes, flags: int = 0
     ) -> ops.Renamed:
         """`flags`: RENAME_NOREPLACE (1) or 0."""
-        raise NotImplementedError
+        renamed = await self._session.call(
+            ops.Rename(who, self._session.id, parent, name, new_parent, new_name, flags)
+        )
+        self._let_go(renamed.replaced)
+        return renamed
 
     async def access(self, who: Caller, ino: int, mask: int) -> None:
         """EACCES unless `mask` (4 read, 2 write, 1 execute) is allowed."""
-        raise NotImplementedError
+        await self._ask(ops.Access(who, ino, mask))
 
     async def statfs(self) -> FsUsage:
-        raise NotImplementedError
+        return await self._ask(ops.StatFs())
 
     async def getxattr(self, who: Caller, ino: int, name: bytes) -> bytes:
-        raise NotImplementedError
+        return await self._ask(ops.GetXattr(who, ino, name))
 
     async def setxattr(self, who: Caller, ino: int, name: bytes, value: bytes, flags: int = 0) -> None:
-        raise NotImplementedError
+        await self._session.call(ops.SetXattr(who, self._session.id, ino, name, value, flags))
 
-    async def listxattr(self, ino: int) -> list[bytes]:  # type: ignore[valid-type]
-        raise NotImplementedError
+    async def listxattr(self, ino: int) -> list[bytes]:
+        return await self._ask(ops.ListXattr(ino))
 
     async def removexattr(self, who: Caller, ino: int, name: bytes) -> None:
-        raise NotImplementedError
+        await self._session.call(ops.RemoveXattr(who, self._session.id, ino, name))
 
     async def sync(self) -> None:
-        """sync(2), syncfs(2): all that the master has answered survives its machine."""
-        raise NotImplementedError
+        """sync(2), syncfs(2): all that the master has answered survives its machine, and so do files
+        being written."""
+        for content in list(self._contents.values()):
+            if content.writing is not None:
+                await content.fsync()
+        await self._ask(ops.SyncMetadata())
 
     # --- content ------------------------------------------------------------------------------------
 
     async def create(
         self, who: Caller, parent: int, name: bytes, mode: int, flags: int = os.O_RDWR
     ) -> tuple[Attr, OpenFile]:
-        """open(2) with O_CREAT; EEXIST with O_EXCL. `mode`: permission bits after umask."""
-        raise NotImplementedError
+        """open(2) with O_CREAT; EEXIST with O_EXCL. `mode`: permission bits after umask.
+        UnavailableError (EIO): it shall be written and no worker is running."""
+        home = 0
+        is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        if is_writer:
+            home = self._workers.local_worker_id or await self._workers.home()
+            if not home:
+                raise UnavailableError(NO_WORKER)
+        created = await self._session.call(
+            ops.Create(who, self._session.id, parent, name, mode, bool(flags & os.O_EXCL), home)
+        )
+        content = self._opened(created.attr, created.layout)
+        if not created.is_new:
+            return await self._finish_open(content, created.layout, flags)
+        if created.layout.home and content.writing is None:
+            writing = Writing(self._core, created.layout, is_empty=True, mtime_ns=created.attr.mtime_ns)
+            content.start(writing, 0)
+        self._core.kernel_pages.opened(content.ino, created.layout.container)
+        return content.live_attr, OpenFile(content, flags, keep_cache=False)
 
     async def open(self, who: Caller, ino: int, flags: int = os.O_RDONLY) -> OpenFile:
         """open(2) of an inode; O_TRUNC is done here, O_APPEND is kept in the file."""
-        raise NotImplementedError
+        is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        opened = await self._ask(ops.Open(who, self._session.id, ino, is_writer))
+        content = self._opened(opened.attr, opened.layout)
+        _, file = await self._finish_open(content, opened.layout, flags)
+        return file
+
+    def _opened(self, attr: Attr, layout: Layout) -> Content:
+        """The master has counted an open: an OpenFile must follow without an await."""
+        content = self._contents.get(attr.ino)
+        if content is None:
+            content = self._contents[attr.ino] = Content(self._core, attr, layout)
+        else:
+            content.take(attr, layout)
+        return content
+
+    async def _finish_open(self, content: Content, layout: Layout, flags: int) -> tuple[Attr, OpenFile]:
+        writing = content.writing
+        container = layout.container if writing is None else writing.container
+        keep_cache = self._core.kernel_pages.opened(content.ino, container)
+        if writing is None and layout.home:
+            keep_cache = False  # Others write to it.
+            self._core.kernel_pages.forget(content.ino)
+        file = OpenFile(content, flags, keep_cache=keep_cache)
+        if flags & os.O_TRUNC:
+            try:
+                await content.truncate(0)
+            except BaseException:
+                await file.release()
+                raise
+        return content.live_attr, file

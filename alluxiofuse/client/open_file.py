@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+import errno
+import logging
+import os
+
+import trio
+
+from alluxiofuse.client import reading
+from alluxiofuse.client.content import Content
+from alluxiofuse.errors import AlluxioFuseError, FsError
 from alluxiofuse.rpc.base import Buffer
+from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import Attr
+
+log = logging.getLogger(__name__)
 
 
 class OpenFile:
@@ -11,46 +23,94 @@ class OpenFile:
 
     All OpenFiles of one inode in a FileSystem see the same bytes: a read gives what another handle
     has just written. Calls may be made from many tasks of the FileSystem's trio thread.
-    Errors are AlluxioFuseErrors; a read or write after `release` is EBADF.
+    Errors are AlluxioFuseErrors; a read or write after `release`, or against `flags`, is EBADF.
     """
 
-    ino: int
-    flags: int
-    """The os.O_* flags of open(2)."""
+    __slots__ = (
+        "_content",
+        "flags",
+        "ino",
+        "is_append",
+        "is_flushed",
+        "is_reader",
+        "is_released",
+        "is_writer",
+        "keep_cache",
+        "read_container",
+    )
+
+    def __init__(self, content: Content, flags: int, *, keep_cache: bool) -> None:
+        self._content = content
+        self.ino = content.ino
+        self.flags = flags
+        """The os.O_* flags of open(2)."""
+        self.is_writer = flags & os.O_ACCMODE != os.O_RDONLY
+        self.is_reader = flags & os.O_ACCMODE != os.O_WRONLY
+        self.is_append = bool(flags & os.O_APPEND)
+        self.is_flushed = False
+        """Nothing was written by it since its last flush (which is most likely its last at all)."""
+        self.is_released = False
+        self.keep_cache = keep_cache
+        """The content has not changed since the inode was last opened through this FileSystem: what
+        the kernel has in its page cache is good."""
+        self.read_container = 0
+        """Sealed content that it last read from."""
+        content.files.append(self)
 
     @property
     def attr(self) -> Attr:
         """Live: while this client writes the file, size and mtime are those of the bytes so far."""
-        raise NotImplementedError
-
-    @property
-    def keep_cache(self) -> bool:
-        """The content has not changed since the inode was last opened through this FileSystem: what
-        the kernel has in its page cache is good."""
-        raise NotImplementedError
+        return self._content.live_attr
 
     async def read(self, offset: int, size: int) -> Buffer:
         """Bytes [offset, offset + size); fewer only at the end of the file, zeros in holes."""
-        raise NotImplementedError
+        if self.is_released or not self.is_reader:
+            raise FsError(errno.EBADF)
+        return await reading.read(self, self._content, offset, size)
 
     async def write(self, offset: int, data: Buffer) -> int:
         """How many bytes were written, from the start of `data`; fewer than given only when the room
         ended (ENOSPC when there was none at all). With O_APPEND `offset` is ignored."""
-        raise NotImplementedError
+        if self.is_released or not self.is_writer:
+            raise FsError(errno.EBADF)
+        self.is_flushed = False
+        content = self._content
+        writing = content.writing
+        if writing is None or not writing.takes_writes:
+            writing = await content.begun(len(data))
+        return await writing.write(offset, data, is_append=self.is_append)
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2); growing makes a hole."""
-        raise NotImplementedError
+        if self.is_released or not self.is_writer:
+            raise FsError(errno.EINVAL)
+        self.is_flushed = False
+        await self._content.truncate(size)
 
     async def flush(self) -> None:
         """close(2) of one descriptor; may come many times. What was written is then at the master
         (and, under CACHE_THROUGH, in the under storage). Raises what writing failed with before."""
-        raise NotImplementedError
+        if self.is_writer and not self.is_released:
+            self.is_flushed = True
+            await self._content.flush(self)
 
     async def fsync(self, is_datasync: bool = False) -> None:
         """fsync(2): data on a durable tier or in the under storage, metadata on the master's disk."""
-        raise NotImplementedError
+        await self._content.fsync()
+        await self._content.core.session.call(ops.SyncMetadata(), is_idempotent=True)
 
     async def release(self) -> None:
-        """The last descriptor is gone. Never raises; what fails is logged."""
-        raise NotImplementedError
+        """The last descriptor is gone. Never raises an AlluxioFuseError; what fails is logged."""
+        if self.is_released:
+            return
+        self.is_released = True
+        content = self._content
+        try:
+            content.files.remove(self)
+            if self.is_writer and content.writing is not None and not content.is_written:
+                with trio.CancelScope(shield=True):
+                    await content.last_writer_left()
+        except AlluxioFuseError as exc:
+            log.error("release of inode %d: %s", self.ino, exc)
+        finally:
+            content.core.closed(content)

@@ -1,18 +1,20 @@
-"""The client's session at the master: lease, watch, releases, and calls that survive a lost session."""
+"""The client's session at the master: its lease, the watch, releases, and calls that survive a lost
+session or connection."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
+import msgspec
 import trio
 
-from alluxiofuse.errors import AlluxioFuseError, PeerError, SessionExpiredError
+from alluxiofuse.errors import AlluxioFuseError, SessionExpiredError
 from alluxiofuse.rpc.base import Connection
+from alluxiofuse.rpc.reconnecting import Reconnecting
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.messages import Request
-from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, EVENT_FREED, Event
+from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -42,16 +44,23 @@ class SessionHooks(Protocol):
     """What a session needs from the FileSystem it belongs to."""
 
     def open_inos(self) -> list[int]:
-        """Inodes held open, once each."""
-
-    async def reopen(self) -> None:
-        """The session is a new one: register everything that is open again."""
+        """One item for each open file."""
 
     def changed(self, event: Event) -> None:
         """Of one event, before the listener hears of it. Plain and quick."""
 
+    def all_changed(self) -> None:
+        """Events were missed. Plain and quick."""
+
     async def settle(self) -> None:
         """All events of a poll were told: send what must be done before they count as applied."""
+
+
+async def ask_again(connection: Connection, request: Request[R]) -> R:
+    """A call that may be done twice: sent again when the connection broke under it."""
+    if isinstance(connection, Reconnecting):
+        return await connection.call(request, is_idempotent=True)
+    return await connection.call(request)
 
 
 class Session:
@@ -59,6 +68,7 @@ class Session:
 
     def __init__(self, master: Connection, hooks: SessionHooks, name: str, hostname: str) -> None:
         self.id = 0
+        """0: not open."""
         self.listener: CacheListener | None = None
         self._master = master
         self._hooks = hooks
@@ -67,18 +77,66 @@ class Session:
         self._lease_s = 0.0
         self._event_seq = 0
         self._healthy_until = -1.0
-        """trio time until which what was cached may be believed without hearing from the master."""
+        """trio time until which what was cached may be believed without a word from the master."""
         self._renewing = trio.Lock()
         self._released: list[int] = []
+        """Opens that ended and the master has not been told of."""
         self._has_released = trio.Event()
+        self._is_batch_full = trio.Event()
 
     @property
     def is_watch_healthy(self) -> bool:
         return self._healthy_until > trio.current_time()
 
+    # --- life ---------------------------------------------------------------------------------------
+
     async def open(self) -> None:
-        """Start the session. The errors of the connection, or what the master refuses."""
-        self._take(await self._master.call(ops.OpenSession(self._name, self._hostname)))
+        """Start the session; the errors of the connection, or what the master refuses."""
+        self._take(await ask_again(self._master, ops.OpenSession(self._name, self._hostname)))
+
+    async def close(self) -> None:
+        """Release what is left and end the session. The errors of the connection."""
+        await self.send_releases()
+        session_id, self.id = self.id, 0
+        await self._master.call(ops.CloseSession(session_id))
+
+    async def resume(self, connection: Connection) -> None:
+        """`Reconnecting.on_connected`: before anything else is asked on a new connection, the master
+        hears exactly what is open, whatever was lost with the old one."""
+        if self.id:
+            await self._renew(connection)
+
+    async def call(self, request: Request[R], *, is_idempotent: bool = False) -> R:
+        """Ask the master; once more in a new session when it does not know ours any more."""
+        try:
+            if is_idempotent:
+                return await ask_again(self._master, request)
+            return await self._master.call(request)
+        except SessionExpiredError:
+            expired = getattr(request, "session_id", 0)
+            if not expired or not self.id:
+                raise
+        async with self._renewing:
+            if self.id == expired:
+                await self._renew(self._master)
+        return await self._master.call(msgspec.structs.replace(request, session_id=self.id))
+
+    async def _renew(self, connection: Connection) -> None:
+        """Take the old session up again (the connection broke, the master restarted), else start anew.
+        Single flight, by the lock or because the new connection is nobody else's yet."""
+        old, inos = self.id, self._hooks.open_inos() + self._released
+        try:
+            grant = await connection.call(ops.OpenSession(self._name, self._hostname, old, inos))
+        except SessionExpiredError:
+            inos = self._hooks.open_inos()
+            grant = await connection.call(ops.OpenSession(self._name, self._hostname, 0, inos))
+            self._released.clear()  # they were the old session's
+            log.warning("the master had given our session up: a new one with %d open files", len(inos))
+        self.id = grant.session_id
+        self._lease_s = grant.lease_s
+        if grant.session_id != old:
+            self._take(grant)
+            self._tell_reset()
 
     def _take(self, grant: ops.SessionGrant) -> None:
         self.id = grant.session_id
@@ -86,70 +144,89 @@ class Session:
         self._event_seq = grant.event_seq
         self._healthy_until = trio.current_time() + grant.lease_s
 
-    async def call(self, request: Request[R]) -> R:
-        """Ask the master; once more in a new session when it does not know ours any more."""
-        try:
-            return await self._master.call(request)
-        except SessionExpiredError:
-            await self._renew()
-            if hasattr(request, "session_id"):
-                request.session_id = self.id
-            return await self._master.call(request)
-
-    async def _renew(self) -> None:
-        """Take the old session up again (the master restarted), else start a new one. Single flight."""
-        expired = self.id
-        async with self._renewing:
-            if self.id != expired:
-                return
-            inos = self._hooks.open_inos()
-            try:
-                grant = await self._master.call(ops.OpenSession(self._name, self._hostname, expired, inos))
-            except SessionExpiredError:
-                grant = await self._master.call(ops.OpenSession(self._name, self._hostname))
-            log.warning("the master had lost our session: now %d, %d open inodes", grant.session_id, len(inos))
-            self._take(grant)
-            self._tell(lambda listener: listener.reset())
-            if grant.session_id != expired:
-                self._released.clear()  # they were the old session's
-                await self._hooks.reopen()
-
-    # --- background ---------------------------------------------------------------------------------
+    # --- watch --------------------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Hear of changes, for ever. A master that does not answer for a lease: reset, once."""
+        """Hear of changes and keep the lease, for ever. After a lease without a word: reset, once."""
         while True:
-            is_new_loss = self.is_watch_healthy
-            with trio.move_on_at(self._healthy_until if is_new_loss else float("inf")) as lease:
-                await self._poll_until_it_fails()
-            if is_new_loss and (lease.cancelled_caught or not self.is_watch_healthy):
+            was_healthy = self.is_watch_healthy
+            with trio.move_on_at(self._healthy_until if was_healthy else float("inf")):
+                if not await self._poll():
+                    await trio.sleep(_RETRY_S)
+            if was_healthy and not self.is_watch_healthy:
                 log.warning("no word from the master for %.0f s: nothing cached is believed", self._lease_s)
-                self._tell(lambda listener: listener.reset())
-            if not lease.cancelled_caught:
+                self._tell_reset()
+
+    async def _poll(self) -> bool:
+        """One long poll; False when it failed."""
+        asked_at = trio.current_time()
+        wait_s = max(0.1, min(60.0, self._lease_s / 3))
+        try:
+            request = ops.Watch(self.id, self._event_seq, wait_s)
+            answer = await self.call(request, is_idempotent=True)
+        except AlluxioFuseError as exc:
+            log.debug("the watch failed: %s", exc)
+            return False
+        if request.session_id != self.id:
+            return True  # its numbers are another session's
+        if answer.is_reset:
+            self._tell_reset()
+        for event in answer.events:
+            self._tell(event)
+        self._event_seq = answer.seq
+        self._healthy_until = asked_at + self._lease_s
+        if answer.events:
+            await self._hooks.settle()
+        return True
+
+    def _tell(self, event: Event) -> None:
+        self._hooks.changed(event)
+        listener = self.listener
+        if listener is None:
+            return
+        if event.kind == EVENT_ATTR:
+            listener.attr_changed(event.ino)
+        elif event.kind == EVENT_DATA:
+            listener.data_changed(event.ino)
+        elif event.kind == EVENT_ENTRY:
+            listener.entry_changed(event.ino, event.name)
+        elif event.ino:  # EVENT_FREED: pages in the kernel are cached copies too.
+            listener.data_changed(event.ino)
+
+    def _tell_reset(self) -> None:
+        self._hooks.all_changed()
+        if self.listener is not None:
+            self.listener.reset()
+
+    # --- releases -----------------------------------------------------------------------------------
+
+    def release(self, ino: int) -> None:
+        """One open of `ino` ended; told to the master soon, together with others."""
+        self._released.append(ino)
+        if len(self._released) == 1:
+            self._has_released.set()
+        elif len(self._released) >= RELEASE_BATCH:
+            self._is_batch_full.set()
+
+    async def keep_releasing(self) -> None:
+        """Send what was released, for ever."""
+        while True:
+            await self._has_released.wait()
+            with trio.move_on_after(RELEASE_DELAY_S):
+                await self._is_batch_full.wait()
+            self._has_released, self._is_batch_full = trio.Event(), trio.Event()
+            try:
+                await self.send_releases()
+            except AlluxioFuseError as exc:
+                log.debug("releasing: %s", exc)
                 await trio.sleep(_RETRY_S)
 
-    async def _poll_until_it_fails(self) -> None:
-        request = ops.Watch(self.id, self._event_seq, max(0.1, min(60.0, self._lease_s / 3)))
-        try:
-            asked_at = trio.current_time()
-            answer = await self._master.call(request)
-        except SessionExpiredError:
-            await self._try_renew()
-            return
-        except AlluxioFuseError as exc:
-            log.debug("watch: %s", exc)
-            return
-        await self._apply(answer, asked_at)
-
-    async def _apply(self, answer: ops.WatchAnswer, asked_at: float) -> None:
-        raise NotImplementedError
-
-    async def _try_renew(self) -> None:
-        try:
-            await self._renew()
-        except AlluxioFuseError as exc:
-            log.debug("renewing the session: %s", exc)
-
-    def _tell(self, what: Callable[[CacheListener], None]) -> None:
-        if self.listener is not None:
-            what(self.listener)
+    async def send_releases(self) -> None:
+        """Now. When the connection breaks under it, `resume` puts the count right."""
+        while batch := self._released[:65536]:
+            session_id = self.id
+            del self._released[: len(batch)]
+            try:
+                await self._master.call(ops.Release(session_id, batch))
+            except SessionExpiredError:
+                continue

@@ -1,0 +1,307 @@
+"""One inode that this client has open: what its handles share.
+
+Writing passes here between master and worker (`writing.Writing` is the worker's side). Transitions
+(begin, seal, truncate) hold `lock`; reads and writes of bytes do not.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+
+from alluxiofuse.client.core import Core
+from alluxiofuse.client.slabs import Slab
+from alluxiofuse.client.writing import Writing
+from alluxiofuse.errors import AlluxioFuseError, NoSpaceError, StaleError
+from alluxiofuse.wire import master_ops as ops
+from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
+
+if TYPE_CHECKING:
+    from alluxiofuse.client.open_file import OpenFile
+
+log = logging.getLogger(__name__)
+
+WAIT_PERSISTED_S = 30.0
+
+
+class Content:
+    def __init__(self, core: Core, attr: Attr, layout: Layout) -> None:
+        self.core = core
+        self.ino = attr.ino
+        self.attr = attr
+        """As the master last said; `live_attr` adds what only this client knows."""
+        self.layout = layout
+        """Of sealed content, or of what another client writes; void while `writing`."""
+        self.files: list[OpenFile] = []
+        self.lock = trio.Lock()
+        self.writing: Writing | None = None
+        self.slab: Slab | None = None
+        """Attached for reading `layout`'s container (while not `writing`)."""
+        self.is_stale = False
+        """The master said that attributes or content changed: ask before the next use."""
+        self.replaced: set[int] = set()
+        """Containers whose object in the under storage was replaced: a file that has read from one
+        must not go on with the next."""
+        self.error: AlluxioFuseError | None = None
+        """What a release or background commit failed with; the next flush or fsync raises it."""
+
+    @property
+    def is_written(self) -> bool:
+        return any(file.is_writer for file in self.files)
+
+    @property
+    def live_attr(self) -> Attr:
+        writing = self.writing
+        return self.attr if writing is None else self.overlay(self.attr)
+
+    def overlay(self, attr: Attr) -> Attr:
+        """Attributes from the master with what this client has written since."""
+        writing = self.writing
+        if writing is None:
+            return attr
+        return msgspec.structs.replace(
+            attr,
+            size=writing.size,
+            mtime_ns=writing.mtime_ns,
+            container=writing.container,
+            home=writing.worker_id,
+        )
+
+    # --- what the master says -----------------------------------------------------------------------
+
+    def take(self, attr: Attr, layout: Layout) -> None:
+        """A fresh answer of the master. What this client writes itself it knows better."""
+        self.attr = attr
+        if self.writing is not None:
+            return
+        self.is_stale = False
+        if layout.container != self.layout.container:
+            self.drop_slab()
+        self.layout = layout
+
+    async def refresh(self) -> None:
+        """Ask the master where the content is now."""
+        session = self.core.session
+        before = self.layout
+        opened = await session.call(ops.Open(SUPERUSER, session.id, self.ino, False), is_idempotent=True)
+        session.release(self.ino)
+        if self.layout is before:
+            self.take(opened.attr, opened.layout)
+
+    async def source_changed(self, layout: Layout) -> None:
+        """The under storage has another version than `layout` says. The master's errors when the
+        object is gone."""
+        session = self.core.session
+        self.replaced.add(layout.container)
+        self.core.kernel_pages.forget(self.ino)
+        new = await session.call(
+            ops.SourceChanged(session.id, self.ino, layout.container), is_idempotent=True
+        )
+        if self.layout is layout:
+            attr = msgspec.structs.replace(self.attr, size=new.size, container=new.container)
+            self.take(attr, new)
+
+    def drop_slab(self) -> None:
+        slab, self.slab = self.slab, None
+        if slab is not None:
+            self.core.slabs.give_back(slab)
+
+    # --- writing ------------------------------------------------------------------------------------
+
+    async def begun(self, reserve_bytes: int) -> Writing:
+        """The write state, ready for bytes; use it before the next await."""
+        while True:
+            writing = self.writing
+            if writing is not None and writing.takes_writes:
+                return writing
+            async with self.lock:
+                await self._begin(reserve_bytes)
+
+    async def _begin(self, reserve_bytes: int) -> Writing:
+        """Under the lock: assigned by the master and begun at the worker."""
+        writing = self.writing
+        if writing is not None and writing.result is not None:
+            await self._commit_end(writing)  # An earlier commit failed.
+            writing = None
+        if writing is None:
+            writing = await self.assign(is_truncating=False)
+        if not writing.is_begun:
+            try:
+                await writing.begin(reserve_bytes)
+            except NoSpaceError:
+                await self._abandon(writing)
+                raise
+        return writing
+
+    async def assign(self, *, is_truncating: bool) -> Writing:
+        """Under the lock, while not writing: the master gives home and container."""
+        session = self.core.session
+        home = await self.core.workers.home()
+        layout = await session.call(
+            ops.BeginWrite(session.id, self.ino, home, is_truncating), is_idempotent=True
+        )
+        is_empty = is_truncating or not layout.base_container
+        writing = Writing(self.core, layout, is_empty=is_empty, mtime_ns=time.time_ns())
+        self.drop_slab()
+        self.start(writing, self.layout.container)
+        return writing
+
+    def start(self, writing: Writing, old_container: int) -> None:
+        self.writing = writing
+        self.core.kernel_pages.written(self.ino, old_container, writing.container)
+
+    async def _abandon(self, writing: Writing) -> None:
+        """The home has no room to begin: let the old content be the content again. A new or emptied
+        file needs none: it stays assigned, and is committed empty."""
+        if writing.is_empty:
+            return
+        session, old = self.core.session, self.layout
+        await session.call(
+            ops.CommitContent(
+                session.id,
+                self.ino,
+                writing.container,
+                old.size,
+                self.attr.mtime_ns,
+                is_sealed=False,
+                is_abandoned=True,
+            ),
+            is_idempotent=True,
+        )
+        self.writing = None
+        self.is_stale = True
+        self.core.kernel_pages.written(self.ino, writing.container, old.container)
+
+    async def seal(self) -> None:
+        """End the writing of this client and tell the master. Nothing when there is none."""
+        async with self.lock:
+            writing = self.writing
+            if writing is not None:
+                await writing.end()
+                await self._commit_end(writing)
+
+    async def _commit_end(self, writing: Writing) -> None:
+        """Under the lock, after `writing.end`."""
+        end, session = writing.result, self.core.session
+        assert end is not None
+        attr = await session.call(
+            ops.CommitContent(
+                session.id, self.ino, writing.container, end.size, writing.mtime_ns, end.is_sealed
+            ),
+            is_idempotent=True,
+        )
+        self.attr = attr
+        self.writing = None
+        home = 0 if end.is_sealed else writing.worker_id
+        self.layout = Layout(
+            self.ino, writing.container, end.size, self.layout.block_bytes, None, home, [writing.worker_id]
+        )
+        self.is_stale = not end.is_sealed
+        self.slab = writing.close()
+        if self.slab is not None:
+            self.core.slabs.adopt(self.slab)
+
+    async def commit(self) -> None:
+        """Let others see size and mtime so far; the file stays open for writing."""
+        writing, session = self.writing, self.core.session
+        if writing is None or not writing.is_uncommitted:
+            return
+        writing.is_uncommitted = False
+        try:
+            self.attr = await session.call(
+                ops.CommitContent(
+                    session.id, self.ino, writing.container, writing.size, writing.mtime_ns, is_sealed=False
+                ),
+                is_idempotent=True,
+            )
+        except BaseException:
+            writing.is_uncommitted = True
+            raise
+
+    async def truncate(self, size: int) -> None:
+        """To `size`, whatever is open."""
+        async with self.lock:
+            if size == 0 and self.writing is None:
+                is_joining = self.layout.home != 0
+                await self.assign(is_truncating=True)
+                if not is_joining:
+                    return
+            present = self.writing
+            if size == 0 and present is not None and present.is_empty and not present.is_begun:
+                present.mtime_ns = time.time_ns()
+                return
+            await (await self._begin(0)).truncate(size)
+
+    async def wait_persisted(self) -> None:
+        """Until the under storage has the content as of now; the errors of uploading it."""
+        container = self.attr.container
+        while container and not await self.core.session.call(
+            ops.WaitPersisted(self.ino, container, WAIT_PERSISTED_S), is_idempotent=True
+        ):
+            log.info("inode %d is still being persisted", self.ino)
+
+    # --- close and fsync ----------------------------------------------------------------------------
+
+    async def flush(self, file: OpenFile) -> None:
+        """close(2) of a descriptor of `file`, which is open for writing."""
+        self.raise_pending()
+        if self.writing is None:
+            return
+        # Others that were flushed and not written to since are most likely closed, their release
+        # on its way: whoever comes last seals.
+        if any(other.is_writer and not other.is_flushed for other in self.files if other is not file):
+            await self.commit()
+            return
+        await self.seal()
+        if self.core.config.write_type == "CACHE_THROUGH":
+            await self.wait_persisted()
+
+    async def fsync(self) -> None:
+        """Bytes on a durable tier or in the under storage; size and mtime at the master. Its log is
+        not synced here."""
+        self.raise_pending()
+        writing = self.writing
+        if writing is None:
+            await self._sync_sealed()
+        elif await writing.sync():
+            await self.commit()
+        else:
+            await self.seal()
+            await self.wait_persisted()
+
+    async def _sync_sealed(self) -> None:
+        """What was written and sealed before may still be only in the page cache of its worker."""
+        layout, slab = self.layout, self.slab
+        if layout.source is not None or layout.home or not layout.container or not layout.size:
+            return
+        if slab is None or not slab.is_good or not await slab.sync():
+            await self.wait_persisted()
+
+    def raise_pending(self) -> None:
+        error, self.error = self.error, None
+        if error is not None:
+            raise error
+
+    async def last_writer_left(self) -> None:
+        """Seal what the last flush could not. Never raises: nobody is there to be told."""
+        try:
+            await self.seal()
+        except StaleError as exc:
+            log.info("inode %d: %s", self.ino, exc)
+            self.give_up()
+        except AlluxioFuseError as exc:
+            log.error("inode %d: its last writes may be lost: %s", self.ino, exc)
+            self.error = exc
+            self.give_up()
+
+    def give_up(self) -> None:
+        """Forget a write state that can't be ended; the worker seals what it has by itself."""
+        writing, self.writing = self.writing, None
+        if writing is not None and (slab := writing.close()) is not None:
+            self.core.slabs.discard(slab)
+        self.core.kernel_pages.forget(self.ino)
+        self.is_stale = True

@@ -1,0 +1,69 @@
+"""What the open files of one client share."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from alluxiofuse.client.direct import DirectReader
+from alluxiofuse.client.session import Session
+from alluxiofuse.client.slabs import SlabCache
+from alluxiofuse.client.workers import WorkerPool
+from alluxiofuse.config import ClientConfig
+
+if TYPE_CHECKING:
+    from alluxiofuse.client.content import Content
+
+MAX_KERNEL_CONTAINERS = 100_000
+
+
+class KernelPages:
+    """Which content the kernel may have in its page cache, by inode; bounded, least recent first out."""
+
+    def __init__(self, max_count: int = MAX_KERNEL_CONTAINERS) -> None:
+        self._max_count = max_count
+        self._containers: OrderedDict[int, int] = OrderedDict()
+
+    def opened(self, ino: int, container: int) -> bool:
+        """The kernel is about to cache this content; whether what it may have already is the same."""
+        is_same = self._containers.get(ino) == container
+        self._containers[ino] = container
+        self._containers.move_to_end(ino)
+        if len(self._containers) > self._max_count:
+            self._containers.popitem(last=False)
+        return is_same
+
+    def written(self, ino: int, old: int, new: int) -> None:
+        """`old` becomes `new` by writes that pass through the kernel: its pages follow."""
+        if self._containers.get(ino) == old:
+            self._containers[ino] = new
+        else:
+            self._containers.pop(ino, None)
+
+    def forget(self, ino: int) -> None:
+        self._containers.pop(ino, None)
+
+    def clear(self) -> None:
+        self._containers.clear()
+
+
+@dataclass(slots=True, eq=False)
+class Core:
+    """Constant after construction; each part belongs to the FileSystem's trio thread."""
+
+    session: Session
+    workers: WorkerPool
+    slabs: SlabCache
+    direct: DirectReader
+    config: ClientConfig
+    kernel_pages: KernelPages
+    contents: dict[int, Content] = field(default_factory=dict)
+    """Of the inodes that are open, by number."""
+
+    def closed(self, content: Content) -> None:
+        """One open file of `content` ended."""
+        if not content.files and self.contents.get(content.ino) is content:
+            del self.contents[content.ino]
+            content.drop_slab()
+        self.session.release(content.ino)

@@ -1,0 +1,270 @@
+"""Reading: by the local worker's descriptors, from another worker, or straight from the under
+storage; whatever of these works, within the client's patience."""
+
+from __future__ import annotations
+
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+import msgspec
+import trio
+import xxhash
+
+from alluxiofuse.client.content import Content
+from alluxiofuse.client.slabs import Slab
+from alluxiofuse.errors import (
+    AlluxioFuseError,
+    ChecksumError,
+    ConnectionLost,
+    FsError,
+    NoSpaceError,
+    StaleError,
+    UfsChangedError,
+    UnavailableError,
+)
+from alluxiofuse.rpc.base import Buffer, Connection
+from alluxiofuse.wire import worker_ops
+from alluxiofuse.wire.types import Layout
+from alluxiofuse.wire.worker_ops import MAX_IO_BYTES
+
+if TYPE_CHECKING:
+    from alluxiofuse.client.open_file import OpenFile
+
+log = logging.getLogger(__name__)
+
+_RETRY_S = 0.1
+_MAX_STALE = 5
+"""Times that an answer may be out of date before it is an error."""
+
+
+async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buffer:
+    """Bytes [offset, offset + size) of the file; fewer only at its end.
+
+    StaleError: the object in the under storage was replaced after `file` had read from it.
+    """
+    if size <= 0:
+        return b""
+    if content.writing is not None:
+        return await _read_own(content, offset, size)
+    if content.is_stale:
+        await content.refresh()
+    layout, slab = content.layout, content.slab
+    if content.replaced and file.read_container in content.replaced:
+        raise StaleError("the file was replaced in the under storage while it was read")
+    if (
+        not layout.home
+        and slab is not None
+        and slab.container == layout.container
+        and slab.fd >= 0
+        and slab.is_good
+        and (length := min(size, layout.size - offset)) > 0
+        and slab.has(offset, length)
+    ):
+        file.read_container = layout.container
+        data = await slab.read(offset, length)
+        if len(data) == length and slab.is_good:
+            return data
+    return await _Attempts(file, content).read(offset, size)
+
+
+async def _read_own(content: Content, offset: int, size: int) -> Buffer:
+    """What this client itself is writing."""
+    while (writing := content.writing) is not None:
+        if writing.slab is None:
+            if writing.is_empty:
+                return b""
+            writing = await content.begun(0)
+        slab = writing.slab
+        data = await writing.read(offset, size)
+        if slab is not None and not slab.is_good and content.writing is not writing:
+            continue
+        if len(data) < size and data and slab is not None and slab.fd < 0 and len(data) == MAX_IO_BYTES:
+            rest = await _read_own(content, offset + len(data), size - len(data))
+            return b"".join((data, rest))
+        return data
+    return b""
+
+
+class _Attempts:
+    """One read that needs more than a pread."""
+
+    def __init__(self, file: OpenFile, content: Content) -> None:
+        self._file = file
+        self._content = content
+        self._core = content.core
+        self._deadline = trio.current_time() + content.core.config.patience_s
+        self._excluded: set[int] = set()
+        """Workers that failed in this round."""
+        self._stale_count = 0
+
+    async def read(self, offset: int, size: int) -> Buffer:
+        """Ends: every error either excludes a worker, counts, or waits below the deadline."""
+        while True:
+            layout = self._content.layout
+            worker_id = self._core.workers.pick(layout, self._excluded)
+            try:
+                return await self._read_from(worker_id, layout, offset, size)
+            except UfsChangedError:
+                await self._source_changed(layout)
+            except StaleError as exc:
+                await self._stale(exc)
+            except (ConnectionLost, UnavailableError, ChecksumError) as exc:
+                await self._failed(worker_id, exc)
+
+    async def _source_changed(self, layout: Layout) -> None:
+        self._count_stale(StaleError("the file keeps being replaced in the under storage"))
+        await self._content.source_changed(layout)
+        if self._file.read_container == layout.container:
+            raise StaleError("the file was replaced in the under storage while it was read")
+
+    async def _stale(self, exc: StaleError) -> None:
+        self._count_stale(exc)
+        self._discard_slab()
+        await self._content.refresh()
+
+    def _count_stale(self, exc: StaleError) -> None:
+        self._stale_count += 1
+        if self._stale_count > _MAX_STALE:
+            raise exc
+
+    async def _failed(self, worker_id: int, exc: AlluxioFuseError) -> None:
+        """Others next; when there are none, all again with what the master knows by then."""
+        log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
+        self._discard_slab()
+        if worker_id and not isinstance(exc, ChecksumError):
+            self._core.workers.failed(worker_id)
+        if worker_id and worker_id not in self._excluded:
+            self._excluded.add(worker_id)
+            return
+        if isinstance(exc, ChecksumError) or trio.current_time() + _RETRY_S > self._deadline:
+            raise exc
+        await trio.sleep(_RETRY_S)
+        self._excluded.clear()
+        await self._core.workers.refresh()
+        await self._content.refresh()
+
+    def _discard_slab(self) -> None:
+        slab, self._content.slab = self._content.slab, None
+        if slab is not None:
+            self._core.slabs.discard(slab)
+
+    # --- one attempt --------------------------------------------------------------------------------
+
+    async def _read_from(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer:
+        if layout.home:
+            return await self._read_home(worker_id, layout, offset, size)
+        length = min(size, layout.size - offset)
+        if length <= 0:
+            return b""
+        if not layout.container:
+            return bytes(length)
+        data = await self._read_sealed(worker_id, layout, offset, length)
+        if len(data) != length:
+            raise StaleError(f"only {len(data)} of {length} bytes were there")
+        self._file.read_container = layout.container
+        return data
+
+    async def _read_sealed(self, worker_id: int, layout: Layout, offset: int, length: int) -> Buffer:
+        if not worker_id:
+            if layout.source is None:
+                raise UnavailableError("no worker that has the file's content is running")
+            return await self._core.direct.read(layout.source, offset, length)
+        connection = await self._core.workers.connection(worker_id)
+        if connection.can_pass_fds:
+            slab = await self._slab(worker_id, connection, layout)
+            if slab is not None and slab.fd >= 0 and await self._fetched(slab, offset, length):
+                data = await slab.read(offset, length)
+                if not slab.is_good:
+                    raise ConnectionLost("the worker's lock ended")
+                return data
+        return await self._read_remote(connection, layout, offset, length)
+
+    async def _slab(self, worker_id: int, connection: Connection, layout: Layout) -> Slab | None:
+        content = self._content
+        async with content.lock:
+            slab = content.slab
+            if slab is not None:
+                if slab.is_good and slab.container == layout.container and slab.worker_id == worker_id:
+                    return slab
+                content.drop_slab()
+            if content.layout.container != layout.container or content.writing is not None:
+                raise StaleError("the content was replaced meanwhile")
+            slab = await self._core.slabs.attach(self._core.session.id, layout, worker_id, connection)
+            content.slab = slab
+            return slab
+
+    async def _fetched(self, slab: Slab, offset: int, length: int) -> bool:
+        """The pages are there now; False: there is no room for them."""
+        if slab.has(offset, length):
+            return True
+        try:
+            slab.learn(await slab.connection.call(worker_ops.Fetch(slab.lock_id, offset, length)))
+        except NoSpaceError:
+            return False
+        return slab.has(offset, length)
+
+    async def _read_remote(self, connection: Connection, layout: Layout, offset: int, length: int) -> Buffer:
+        parts: list[Buffer] = []
+        done = 0
+        while done < length:
+            wanted = min(MAX_IO_BYTES, length - done)
+            data = await self._read_chunk(connection, layout, offset + done, wanted)
+            parts.append(data)
+            done += len(data)
+            if len(data) < wanted:
+                break
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    async def _read_chunk(self, connection: Connection, layout: Layout, offset: int, length: int) -> Buffer:
+        source = None if layout.home else layout.source
+        request = worker_ops.Read(
+            self._core.session.id, layout.container, layout.size, source, offset, length
+        )
+        answer = await connection.exchange(request)
+        answer.close_fds()
+        data = answer.payload
+        if not isinstance(data, (bytes, bytearray, memoryview)):
+            raise FsError(errno.EIO, "a worker answered Read without bytes")
+        checksum = answer.result.checksum
+        if checksum and xxhash.xxh3_64_intdigest(data) & (1 << 63) - 1 != checksum & (1 << 63) - 1:
+            raise ChecksumError("the bytes that arrived are not those that the worker sent")
+        return data
+
+    # --- written elsewhere --------------------------------------------------------------------------
+
+    async def _read_home(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer:
+        """Another client writes it: the home has the newest bytes and knows the size."""
+        if not worker_id:
+            raise UnavailableError("the worker at which the file is being written is not running")
+        connection = await self._core.workers.connection(worker_id)
+        try:
+            stat = await connection.call(worker_ops.StatContainer(layout.container))
+        except StaleError:
+            return await self._read_base(worker_id, layout, offset, size)
+        length = min(size, stat.size - offset)
+        if length <= 0:
+            return b""
+        live = msgspec.structs.replace(layout, size=stat.size, source=None)
+        if connection.can_pass_fds:
+            slab = await self._slab(worker_id, connection, live)
+            if slab is not None and slab.fd >= 0:
+                data = await slab.read(offset, length)
+                if not slab.is_good:
+                    raise ConnectionLost("the worker's lock ended")
+                return data
+        return await self._read_remote(connection, live, offset, length)
+
+    async def _read_base(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer:
+        """The writer has not begun at the worker yet (or it was sealed a moment ago: look again)."""
+        await self._content.refresh()
+        if self._content.layout.container != layout.container or not self._content.layout.home:
+            raise StaleError("the content was replaced meanwhile")
+        length = min(size, layout.base_size - offset)
+        if not layout.base_container or length <= 0:
+            return b""
+        base = msgspec.structs.replace(
+            layout, container=layout.base_container, size=layout.base_size, home=0, base_container=0
+        )
+        connection = await self._core.workers.connection(worker_id)
+        return await self._read_remote(connection, base, offset, length)

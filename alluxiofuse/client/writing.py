@@ -1,0 +1,395 @@
+"""Writing one container at its home worker, from its first byte to its seal.
+
+The master's part (`BeginWrite`, `CommitContent`) is `content.Content`'s; here is the worker's: the
+lock, the descriptor, what may be written, what was changed. Nothing here is shared with other
+inodes. A write state goes through
+
+    assigned   the master gave home and container; the worker has not heard of it
+    begun      `slab` is set: writes and truncates
+    ending     `end` waits for the writes under way; no new one begins
+    ended      `result` is set: sealed at the worker (or left to its other writers)
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import trio
+
+from alluxiofuse.client.core import Core
+from alluxiofuse.client.slabs import Slab
+from alluxiofuse.errors import (
+    AlluxioFuseError,
+    ConnectionLost,
+    FsError,
+    NoSpaceError,
+    UnavailableError,
+)
+from alluxiofuse.ids import MAX_FILE_BYTES, PAGE_BYTES
+from alluxiofuse.rpc.base import Buffer, Connection, FileRange
+from alluxiofuse.wire import worker_ops
+from alluxiofuse.wire.messages import Request
+from alluxiofuse.wire.types import Layout
+from alluxiofuse.wire.worker_ops import MAX_IO_BYTES, Presence, WriteEnd, WriteGrant
+
+log = logging.getLogger(__name__)
+R = TypeVar("R")
+
+INLINE_WRITE_BYTES = 128 << 10
+"""Larger writes to a disk tier go to a thread: the kernel may make them wait."""
+MAX_DIRTY_PAGES = 1 << 20
+"""Pages that the bitmap tells apart; beyond (1 TiB) all count as changed."""
+_RETRY_S = 0.1
+_WHOLE = Presence(is_complete=True, pages=b"")
+
+
+class Writing:
+    """Guarded by its Content's lock: `begin`, `end`, `close`. The rest may run in many tasks."""
+
+    def __init__(self, core: Core, layout: Layout, *, is_empty: bool, mtime_ns: int) -> None:
+        """`layout` as the master answered BeginWrite or Create. `is_empty`: it starts without content
+        (new or truncated), whatever its base is."""
+        self._core = core
+        self._layout = layout
+        self.is_empty = is_empty
+        self.container = layout.container
+        self.worker_id = layout.home
+        self.slab: Slab | None = None
+        """While begun; its connection and lock id are those to use."""
+        self.result: WriteEnd | None = None
+        self.is_ending = False
+        self.mtime_ns = mtime_ns
+        """Of the last write or explicit setting, whichever was later."""
+        self.is_uncommitted = True
+        """Size or mtime changed since the master was told."""
+        self._size = 0 if is_empty else layout.base_size
+        """Where there is no descriptor: as far as this client knows."""
+        self._granted_end = 0
+        self._dirty: bytearray | None = bytearray()
+        """Bitmap of pages that were changed; None: too many to say."""
+        self._busy_count = 0
+        """Calls inside `_busy`: `end` waits for them."""
+        self._idle = trio.Event()
+        self._recovering = trio.Lock()
+
+    @property
+    def is_begun(self) -> bool:
+        return self.slab is not None
+
+    @property
+    def takes_writes(self) -> bool:
+        return self.slab is not None and not self.is_ending
+
+    @property
+    def is_durable(self) -> bool:
+        return self.slab is not None and self.slab.is_durable
+
+    @property
+    def size(self) -> int:
+        """Now; other sessions may write to the same slab."""
+        slab = self.slab
+        if slab is None or slab.fd < 0:
+            return self._size
+        self._size = os.fstat(slab.fd).st_size
+        return self._size
+
+    # --- begin and end ------------------------------------------------------------------------------
+
+    async def begin(self, reserve_bytes: int) -> None:
+        """At the worker. NoSpaceError: certainly nothing was begun. PeerError: not reachable within
+        patience; it may have begun, and may be tried again."""
+        deadline = trio.current_time() + self._core.config.patience_s
+        while True:
+            try:
+                await self._begin_once(reserve_bytes)
+                return
+            except (ConnectionLost, UnavailableError):
+                self._core.workers.failed(self.worker_id)
+                if trio.current_time() + _RETRY_S > deadline:
+                    raise
+                await trio.sleep(_RETRY_S)
+
+    async def _begin_once(self, reserve_bytes: int) -> None:
+        connection = await self._core.workers.connection(self.worker_id)
+        layout = self._layout
+        request = worker_ops.BeginWrite(
+            self._core.session.id,
+            self.container,
+            0 if self.is_empty else layout.base_container,
+            0 if self.is_empty else layout.base_size,
+            None if self.is_empty else layout.source,
+            reserve_bytes,
+            connection.can_pass_fds,
+        )
+        try:
+            answer = await connection.exchange(request)
+        except NoSpaceError:
+            if not self._core.slabs.drop_idle(self.worker_id):
+                raise
+            await self._core.slabs.send_detaches()
+            answer = await connection.exchange(request)
+        fd = answer.fds.pop() if answer.fds else -1
+        answer.close_fds()
+        self._take(connection, answer.result, fd)
+
+    def _take(self, connection: Connection, grant: WriteGrant, fd: int) -> None:
+        old, known_size = self.slab, self._size
+        slab = Slab(
+            self.worker_id,
+            connection,
+            self.container,
+            grant.size,
+            grant.lock_id,
+            fd,
+            _WHOLE,
+            grant.is_durable,
+        )
+        if old is not None:
+            old.drop()
+            self._dirty = None  # The worker may have forgotten what was there before us.
+            if grant.size < known_size:
+                slab.drop()
+                self._core.slabs.detach(connection, grant.lock_id)
+                raise AlluxioFuseError(
+                    f"worker {self.worker_id} lost {known_size - grant.size} bytes that were being written"
+                )
+        self.slab = slab
+        self._size = grant.size
+        self._granted_end = grant.granted_end
+
+    async def _good_slab(self) -> Slab:
+        """The slab under a lock that holds: begun again when the connection broke (same container)."""
+        slab = self.slab
+        assert slab is not None
+        if slab.is_good:
+            return slab
+        async with self._recovering:
+            slab = self.slab
+            if slab is not None and slab.is_good:
+                return slab
+            await self.begin(0)
+            log.info("writing of container %d goes on after its worker was away", self.container)
+            assert self.slab is not None
+            return self.slab
+
+    async def _ask(self, build: Callable[[int], Request[R]]) -> R:
+        """A call about the lock that may be done twice; again after the worker was away."""
+        deadline = trio.current_time() + self._core.config.patience_s
+        while True:
+            slab = await self._good_slab()
+            try:
+                return await slab.connection.call(build(slab.lock_id))
+            except ConnectionLost:
+                if trio.current_time() > deadline:
+                    raise
+
+    async def end(self) -> WriteEnd:
+        """Wait for writes under way, then end: `result`. On an error it stays begun."""
+        if self.result is not None:
+            return self.result
+        self.is_ending = True
+        try:
+            while self._busy_count:
+                self._idle = trio.Event()
+                await self._idle.wait()
+            if self.slab is None and not self.is_empty:
+                await self.begin(0)
+            if self.slab is None:
+                self.result = WriteEnd(0, self.mtime_ns, True)
+            else:
+                dirty = None if self._dirty is None else bytes(self._dirty)
+                self.result = await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty))
+                self._size = self.result.size
+            return self.result
+        finally:
+            self.is_ending = self.result is not None
+
+    def close(self) -> Slab | None:
+        """Leave it: the slab, if its lock holds and it may be read by descriptor, else None."""
+        slab, self.slab = self.slab, None
+        if slab is None:
+            return None
+        if slab.fd >= 0 and slab.is_good:
+            slab.size = self._size
+            return slab
+        slab.drop()
+        if not slab.connection.is_closed:
+            self._core.slabs.detach(slab.connection, slab.lock_id)
+        return None
+
+    # --- bytes --------------------------------------------------------------------------------------
+
+    async def read(self, offset: int, length: int) -> Buffer:
+        """Short only at the end of the file."""
+        slab = self.slab
+        if slab is None:
+            return b""
+        if not slab.is_good:
+            slab = await self._good_slab()
+        if slab.fd >= 0:
+            return await slab.read(offset, length)
+        request = worker_ops.Read(
+            self._core.session.id, self.container, self._size, None, offset, min(length, MAX_IO_BYTES)
+        )
+        answer = await slab.connection.exchange(request)
+        answer.close_fds()
+        assert not isinstance(answer.payload, FileRange)  # Callers get buffers.
+        return answer.payload
+
+    async def write(self, offset: int, data: Buffer, *, is_append: bool) -> int:
+        """Only while `takes_writes`, and without an await since that was looked at. How many bytes;
+        fewer than given when the room ends, NoSpaceError when not one fits."""
+        length = data.nbytes if isinstance(data, memoryview) else len(data)
+        slab = self.slab
+        assert slab is not None
+        fd = slab.fd
+        if fd >= 0 and slab.is_good and (length <= INLINE_WRITE_BYTES or not slab.is_durable):
+            if is_append:
+                offset = os.fstat(fd).st_size
+            if offset + length <= self._granted_end:
+                return self._write_now(fd, offset, data, is_append)
+        self._busy_count += 1
+        try:
+            return await self._write_slowly(offset, data, length, is_append)
+        finally:
+            self._busy_count -= 1
+            if not self._busy_count:
+                self._idle.set()
+
+    def _write_now(self, fd: int, offset: int, data: Buffer, is_append: bool) -> int:
+        try:
+            if is_append:
+                count = os.pwritev(fd, [data], offset, os.RWF_APPEND)
+                self._changed(offset, os.fstat(fd).st_size)
+            else:
+                count = os.pwrite(fd, data, offset)
+                self._changed(offset, offset + count)
+        except OSError as exc:
+            raise _named(exc) from None
+        return count
+
+    async def _write_slowly(self, offset: int, data: Buffer, length: int, is_append: bool) -> int:
+        slab = await self._good_slab()
+        if slab.fd < 0:
+            return await self._write_remote(offset, data, length, is_append)
+        if is_append:
+            offset = os.fstat(slab.fd).st_size
+        if offset + length > self._granted_end:
+            length = await self._reserve(offset, length)
+            data = memoryview(data)[:length]
+            slab = await self._good_slab()
+        if length <= INLINE_WRITE_BYTES or not slab.is_durable:
+            return self._write_now(slab.fd, offset, data, is_append)
+        slab.reader_count += 1  # The descriptor stays open, whatever happens to the slab.
+        try:
+            count = await trio.to_thread.run_sync(_write_all, slab.fd, data, offset, is_append)
+        except OSError as exc:
+            raise _named(exc) from None
+        finally:
+            slab.reader_done()
+        self._changed(offset, os.fstat(slab.fd).st_size if is_append and slab.fd >= 0 else offset + count)
+        return count
+
+    async def _reserve(self, offset: int, length: int) -> int:
+        """How many bytes may be written at `offset`, at least one. NoSpaceError."""
+        end = offset + length
+        if end > MAX_FILE_BYTES:
+            raise FsError(errno.EFBIG)
+        try:
+            reserved = await self._ask(lambda lock_id: worker_ops.Reserve(lock_id, end, offset))
+        except NoSpaceError:
+            if self._core.slabs.drop_idle(self.worker_id):
+                await self._core.slabs.send_detaches()
+                return await self._reserve(offset, length)
+            if self._granted_end > offset:
+                return min(length, self._granted_end - offset)
+            raise
+        self._granted_end = max(self._granted_end, reserved.granted_end)
+        return length
+
+    async def _write_remote(self, offset: int, data: Buffer, length: int, is_append: bool) -> int:
+        view = memoryview(data).cast("B") if length else memoryview(b"")
+        done = 0
+        while done < length:
+            chunk = view[done : done + MAX_IO_BYTES]
+            slab = await self._good_slab()
+            request = worker_ops.Write(slab.lock_id, 0 if is_append else offset + done, is_append)
+            try:
+                at = await slab.connection.call(request, chunk)
+            except ConnectionLost:
+                if is_append:
+                    raise  # It may have been done.
+                continue
+            except NoSpaceError:
+                if done:
+                    return done
+                raise
+            done += len(chunk)
+            self._changed(at, at + len(chunk))
+        return done
+
+    def _changed(self, start: int, end: int) -> None:
+        """[start, end) was written just now."""
+        self.mtime_ns = time.time_ns()
+        self.is_uncommitted = True
+        if end > self._size:
+            self._size = end
+        if end > start:
+            self._mark(start // PAGE_BYTES, (end - 1) // PAGE_BYTES)
+
+    def _mark(self, first: int, last: int) -> None:
+        dirty = self._dirty
+        if dirty is None:
+            return
+        if last >= MAX_DIRTY_PAGES:
+            self._dirty = None
+            return
+        if last >> 3 >= len(dirty):
+            dirty.extend(bytes((last >> 3) + 1 - len(dirty)))
+        for page in range(first, last + 1):
+            dirty[page >> 3] |= 1 << (page & 7)
+
+    async def truncate(self, size: int) -> None:
+        """While begun and under the Content's lock."""
+        before = self.size
+        await self._ask(lambda lock_id: worker_ops.Truncate(lock_id, size))
+        self._size = size
+        self._changed(size, size)
+        if size:
+            self._mark(min(before, size - 1) // PAGE_BYTES, (size - 1) // PAGE_BYTES)
+
+    async def sync(self) -> bool:
+        """What was written is on a durable tier; False when there is none."""
+        if self.slab is None:
+            return True
+        return await self._ask(worker_ops.SyncContainer)
+
+
+def _write_all(fd: int, data: Buffer, offset: int, is_append: bool) -> int:
+    """How much was written; OSError when nothing was."""
+    view = memoryview(data).cast("B")
+    done = 0
+    while done < len(view):
+        try:
+            rest = view[done:]
+            done += (
+                os.pwritev(fd, [rest], offset, os.RWF_APPEND)
+                if is_append
+                else os.pwrite(fd, rest, offset + done)
+            )
+        except OSError:
+            if done:
+                return done
+            raise
+    return done
+
+
+def _named(exc: OSError) -> AlluxioFuseError:
+    if exc.errno == errno.ENOSPC:
+        return NoSpaceError("the worker's disk is full")
+    return FsError(exc.errno or errno.EIO, f"writing the slab failed: {exc.strerror}")
