@@ -10,7 +10,7 @@ import errno
 import logging
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pyfuse3
 
@@ -37,8 +37,12 @@ def _caller(ctx: pyfuse3.RequestContext) -> Caller:
     return Caller(ctx.uid, ctx.gid, None)
 
 
+ReplyEntry = Callable[[pyfuse3.ReaddirToken, bytes, pyfuse3.EntryAttributes, int], bool]
+
+
 class Operations(pyfuse3.Operations):
-    """`kernel`: how to make the kernel forget attributes from within a handler; None without one."""
+    """`kernel`: how to make the kernel forget attributes from within a handler; None without one.
+    `reply_entry`: takes one entry of a listing, False when it has no room; pyfuse3's but in tests."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # the kernel would then believe its own sizes only, for ever
@@ -51,6 +55,7 @@ class Operations(pyfuse3.Operations):
         root_ino: int = ROOT_INO,
         cache_limit_s: float = 0.0,
         kernel: Kernel | None = None,
+        reply_entry: ReplyEntry = pyfuse3.readdir_reply,
     ) -> None:
         super().__init__()
         self.fs = fs
@@ -63,6 +68,7 @@ class Operations(pyfuse3.Operations):
         self._parents: dict[int, int] = {}
         """Of directories that were looked up or listed: `..` of a listing, no more."""
         self._kernel = kernel
+        self._reply_entry = reply_entry
 
     def _void(self, ino: int | None) -> None:
         self._xattrs.void(ino)
@@ -396,7 +402,7 @@ class Operations(pyfuse3.Operations):
         entry.st_ino = self.view.kernels(ino)
         entry.st_mode = stat.S_IFDIR | 0o755
         entry.attr_timeout = entry.entry_timeout = 0
-        return pyfuse3.readdir_reply(token, name, entry, position + 1)
+        return self._reply_entry(token, name, entry, position + 1)
 
     async def _list_entries(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> None:
         while True:
@@ -405,7 +411,7 @@ class Operations(pyfuse3.Operations):
                 return
             found = handle.entries[index]
             answer = self.view.listed(found.attr, handle.ino, found.name, handle.asked_at[index])
-            if not pyfuse3.readdir_reply(token, found.name, answer, position + 1):
+            if not self._reply_entry(token, found.name, answer, position + 1):
                 return
             self.view.taken(found.attr)
             if stat.S_ISDIR(found.attr.mode):
