@@ -1,0 +1,150 @@
+"""Puts daemons together: a master or a worker with its sockets, each as a context manager.
+
+Inside the block everything is ready; leaving it ends things in the reverse order. The sockets of a
+daemon end before the daemon, so that nobody is served by half of one.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from alluxiofuse.cli.lifecycle import running
+from alluxiofuse.config import MasterConfig, WorkerConfig
+from alluxiofuse.errors import UfsUnavailableError, UserError
+from alluxiofuse.rpc.address import TcpAddress, UnixAddress
+from alluxiofuse.rpc.base import Connection, Service
+from alluxiofuse.rpc.client import Reconnecting, connect
+from alluxiofuse.rpc.security import Security
+from alluxiofuse.rpc.server import serve_tcp, serve_unix
+
+if TYPE_CHECKING:
+    from alluxiofuse.master.master import Master
+    from alluxiofuse.worker.worker import Worker
+
+log = logging.getLogger(__name__)
+UFS_CHECK_TIMEOUT_S = 45.0
+WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not bound
+
+
+async def check_ufs(config: MasterConfig) -> None:
+    """Before anything is made: the root's under storage is known, reachable and lets us in. When there
+    is metadata already, one that is merely unreachable is a warning: what is cached can be served."""
+    if not config.ufs:
+        if not has_metadata(config):
+            raise UserError("no under storage: give --ufs a directory or s3://bucket/prefix")
+        return
+    from alluxiofuse.ufs.registry import open_ufs
+
+    def check() -> None:
+        storage = open_ufs(config.ufs, dict(config.ufs_options))
+        try:
+            storage.check()
+        finally:
+            storage.close()
+
+    try:
+        with trio.fail_after(UFS_CHECK_TIMEOUT_S):
+            await trio.to_thread.run_sync(check, abandon_on_cancel=True)
+    except (UfsUnavailableError, trio.TooSlowError) as exc:
+        text = getattr(exc, "message", "") or f"{config.ufs} did not answer within {UFS_CHECK_TIMEOUT_S:g} s"
+        if not has_metadata(config):
+            raise UserError(text) from None
+        log.warning("%s; going on with what is cached", text)
+
+
+def has_metadata(config: MasterConfig) -> bool:
+    return (Path(config.state_dir) / "meta").is_dir()
+
+
+@asynccontextmanager
+async def listening(
+    service: Service, security: Security, *, tcp: TcpAddress | None, unix: Path | None
+) -> AsyncIterator[TcpAddress | None]:
+    """Sockets of a service; gives the TCP address with its real port."""
+    async with AsyncExitStack() as stack:
+        address = None
+        if unix is not None:
+            await stack.enter_async_context(
+                running(partial(serve_unix, service, str(unix), security=security))
+            )
+        if tcp is not None:
+            address = await stack.enter_async_context(
+                running(partial(serve_tcp, service, tcp.host, tcp.port, security=security))
+            )
+        yield address
+
+
+def tcp_of(host: str, port: int) -> TcpAddress | None:
+    """Port -1: none."""
+    return None if port < 0 else TcpAddress(host, port)
+
+
+@asynccontextmanager
+async def running_master(
+    config: MasterConfig, security: Security, *, is_one_process: bool
+) -> AsyncIterator[tuple[Master, TcpAddress | None]]:
+    """The master with its Unix socket (`config.unix_path`) and, unless `config.port` is -1, TCP."""
+    from alluxiofuse.master.master import Master
+
+    await check_ufs(config)
+    master = Master(config, close_stale_sessions=is_one_process)
+    async with running(master.run):
+        security.cluster_id = master.cluster_id
+        unix = Path(config.unix_path) if config.unix_path else None
+        async with listening(
+            master.service, security, tcp=tcp_of(config.host, config.port), unix=unix
+        ) as address:
+            yield master, address
+
+
+@asynccontextmanager
+async def running_worker(
+    config: WorkerConfig, master: Connection, security: Security, hostname: str
+) -> AsyncIterator[tuple[Worker, TcpAddress | None]]:
+    """A worker with its sockets, registered at the master."""
+    from alluxiofuse.worker.worker import Worker
+
+    worker = Worker(config, master, hostname=hostname)
+    unix = Path(config.unix_path) if config.unix_path else None
+    async with listening(
+        worker.service, security, tcp=tcp_of(config.host, config.port), unix=unix
+    ) as address:
+        config.port = address.port if address is not None else 0
+        if config.host in WILDCARDS:
+            config.host = hostname
+        async with running(worker.run):
+            yield worker, address
+
+
+@asynccontextmanager
+async def reconnecting(address: TcpAddress | UnixAddress, security: Security) -> AsyncIterator[Reconnecting]:
+    """A connection to a master that comes back; dialled when it is first used."""
+    async with trio.open_nursery() as nursery:
+        connection = Reconnecting(partial(connect, nursery, address, role="master", security=security))
+        try:
+            yield connection
+        finally:
+            with trio.CancelScope(shield=True):
+                await connection.aclose()
+            nursery.cancel_scope.cancel()
+
+
+def this_host() -> str:
+    return socket.gethostname()
+
+
+def make_private_directory(path: Path) -> None:
+    """Mode 0700, with parents. UserError when it can't be."""
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        raise UserError(f"{path} can't be made: {os.strerror(exc.errno or 0)}") from None

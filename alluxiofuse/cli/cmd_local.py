@@ -1,0 +1,190 @@
+"""`alluxiofuse local`: master, worker, client and mount in one process."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from alluxiofuse.cli import options as shared
+from alluxiofuse.cli.fs_context import security_of
+from alluxiofuse.cli.lifecycle import Life, print_ready, running
+from alluxiofuse.cli.outcome import complain, starting
+from alluxiofuse.cli.state_dir import StateDir
+from alluxiofuse.cli.tiers import check_tiers, default_tiers
+from alluxiofuse.config import Config
+from alluxiofuse.config_load import merge_tiers, parse_tier
+from alluxiofuse.errors import UserError
+from alluxiofuse.rpc.address import TcpAddress, parse_address
+
+if TYPE_CHECKING:
+    from alluxiofuse.fuse.mountopts import MountOptions
+
+HINTS = """
+{where} is mounted at {mount}. Try in another terminal:
+
+    ls -l {mount}
+    echo hello > {mount}/hello.txt        # in {where} a moment later
+    {program} fs location {mount}/hello.txt
+    {program} fs free {mount}/hello.txt
+    {program} admin report
+
+Ctrl-C unmounts it.
+"""
+
+
+@dataclass(frozen=True)
+class Plan:
+    config: Config
+    state: StateDir
+    mount: str
+    options: MountOptions
+    tcp: TcpAddress | None
+
+
+@click.command()
+@click.option(
+    "--ufs", metavar="URI", help="Under storage: a directory or s3://bucket/prefix. Remembered by the state."
+)
+@click.option("--mount", required=True, metavar="DIR", help="Where to mount it; an empty directory.")
+@click.option("--state", metavar="DIR", help="Where metadata and the cache are kept; made if need be.")
+@shared.tier_option(
+    "Default: MEM in /dev/shm (a quarter of the free memory, at most 1 GB) and SSD in STATE/cache (half of "
+    "the free space, at most 20 GB)."
+)
+@click.option("-o", "mount_options", multiple=True, metavar="OPT[,OPT...]", help="As of `alluxiofuse mount`.")
+@shared.ufs_options
+@click.option(
+    "--tcp", metavar="HOST:PORT", help="Let other processes and machines use it too (see --secret-file)."
+)
+@shared.secret_option
+@shared.config_option
+@shared.log_option
+@click.option("--hints", is_flag=True, help="When it is ready say (on stderr) what to try.")
+def local(
+    ufs: str | None,
+    mount: str,
+    state: str | None,
+    tiers: tuple[str, ...],
+    mount_options: tuple[str, ...],
+    options: tuple[str, ...],
+    sync_interval: float | None,
+    tcp: str | None,
+    secret_file: str | None,
+    config_file: str | None,
+    log_level: str,
+    hints: bool,
+) -> None:
+    """Mount an under storage with its own cache: everything in this one process.
+
+    Stays in the foreground and prints one line that begins with "ready" when the mount answers.
+    SIGTERM or Ctrl-C unmounts and ends it. Any number can run beside each other, each with its own
+    --state and --mount.
+
+    \b
+    alluxiofuse local --ufs /data --mount /mnt --state /var/lib/alluxiofuse
+    alluxiofuse local --ufs s3://bucket/prefix --mount ./mnt --state ./var
+    """
+    from alluxiofuse.fuse import mountopts, mountpoint
+
+    with starting():
+        parsed = mountopts.parse(mount_options)
+        config = shared.load_config(
+            config_file or parsed.config_file,
+            {
+                "master.state_dir": state,
+                "master.ufs": absolute_uri(ufs) if ufs else None,
+                "master.ufs_options": shared.parse_ufs_options(options) or None,
+                "master.sync_interval_s": sync_interval,
+                "worker.tiers": merge_tiers([parse_tier(one) for one in tiers]) or None,
+                "client.write_type": parsed.write_type,
+                "cluster.secret_file": secret_file or parsed.secret_file,
+            },
+        )
+        if not config.master.state_dir:
+            raise UserError("no state directory: give --state DIR")
+        security_of(config)
+        address = parse_address(tcp) if tcp else None
+        if address is not None and not isinstance(address, TcpAddress):
+            raise UserError(f"--tcp {tcp}: write HOST:PORT")
+        check_tiers(config.worker.tiers)
+        for note in mountpoint.prepare(mount, is_nonempty_allowed=parsed.is_nonempty_allowed):
+            complain(note, "note")
+    shared.set_up_logging(log_level)
+    with StateDir(config.master.state_dir) as directory:
+        plan = Plan(config, directory, os.path.abspath(mount), parsed, address)
+        with starting():
+            _fill_in(plan)
+
+        def ready() -> None:
+            print_ready(f"{config.master.ufs or 'the namespace'} is mounted at {plan.mount}")
+            if hints:
+                say_hints(config.master.ufs, mount)
+
+        Life().run(lambda life: _everything(plan, life), ready)
+
+
+def absolute_uri(uri: str) -> str:
+    """A plain path is below the working directory of whoever typed it."""
+    return uri if "://" in uri else os.path.abspath(uri)
+
+
+def _fill_in(plan: Plan) -> None:
+    """What depends on the state directory: sockets, default tiers, no TCP."""
+    config, state = plan.config, plan.state
+    config.master.state_dir = str(state.path)
+    config.master.unix_path = str(state.master_socket)
+    config.master.port = plan.tcp.port if plan.tcp else -1
+    config.master.host = plan.tcp.host if plan.tcp else config.master.host
+    config.worker.state_dir = str(state.path / "worker")
+    config.worker.unix_path = str(state.worker_socket)
+    config.worker.port = 0 if plan.tcp else -1
+    config.worker.host = config.master.host
+    if not config.worker.tiers:
+        config.worker.tiers = default_tiers(state.path)
+        check_tiers(config.worker.tiers)
+    plan.options.fsname = f"unix:{state.master_socket}"
+
+
+@asynccontextmanager
+async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
+    from alluxiofuse.cli import assembly
+    from alluxiofuse.cli.mounting import fuse_session
+    from alluxiofuse.client.filesystem import FileSystem
+    from alluxiofuse.client.workers import WorkerPool
+    from alluxiofuse.rpc.inprocess import InProcess
+
+    config, security, hostname = plan.config, security_of(plan.config), assembly.this_host()
+    async with (
+        assembly.running_master(config.master, security, is_one_process=True) as (master, _),
+        assembly.running_worker(config.worker, InProcess(master.service, "worker"), security, hostname) as (
+            worker,
+            _,
+        ),
+    ):
+        connection = InProcess(master.service, "mount")
+        pool = WorkerPool(
+            connection,
+            hostname=hostname,
+            security=security,
+            patience_s=config.client.patience_s,
+            in_process={worker.worker_id: InProcess(worker.service, "mount")},
+        )
+        name = f"fuse {plan.mount}"
+        filesystem = FileSystem(connection, pool, config.client, name=name, hostname=hostname)
+        async with (
+            running(filesystem.run),
+            fuse_session(filesystem, plan.mount, plan.options, life),
+        ):
+            yield
+
+
+def say_hints(ufs: str, mount: str) -> None:
+    where = ufs if "://" in ufs else f"{os.path.relpath(ufs)}/" if ufs else "the under storage"
+    program = ".venv/bin/alluxiofuse" if Path(".venv/bin/alluxiofuse").exists() else "alluxiofuse"
+    click.echo(HINTS.format(where=where, mount=mount.rstrip("/"), program=program), err=True)

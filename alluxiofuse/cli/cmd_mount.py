@@ -1,0 +1,74 @@
+"""`alluxiofuse mount` and `alluxiofuse umount`."""
+
+from __future__ import annotations
+
+import os
+
+import click
+
+from alluxiofuse.cli import options as shared
+from alluxiofuse.cli.outcome import MISTAKE
+
+
+@click.command()
+@click.argument("source", metavar="HOST:PORT[/PATH]")
+@click.argument("directory", metavar="DIR")
+@click.option("-o", "mount_options", multiple=True, metavar="OPT[,OPT...]", help="Mount options, see below.")
+@click.option(
+    "--foreground", "-f", is_flag=True, help="Stay in the foreground; prints a line when it is ready."
+)
+@shared.secret_option
+@shared.config_option
+@shared.log_option
+def mount(
+    source: str,
+    directory: str,
+    mount_options: tuple[str, ...],
+    foreground: bool,
+    secret_file: str | None,
+    config_file: str | None,
+    log_level: str,
+) -> None:
+    """Mount the namespace (or the directory PATH of it) of the master at HOST:PORT on DIR.
+
+    Returns when the mount answers; a daemon goes on serving it. The source may also be unix:SOCKET or
+    a master's state directory.
+
+    \b
+    Mount options, beside the kernel's (ro, noatime, noexec, ...):
+      allow_other            other users may use it (default as root)
+      attr_timeout=SECONDS   most that names and attributes are cached for; 0: always ask
+      write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
+      read_ahead=SIZE        of the kernel, on this mount
+      worker=HOST:PORT       the worker to prefer
+      secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|pyfuse3
+
+    \b
+    The same by mount(8) and /etc/fstab:
+      mount -t fuse alluxiofuse#HOST:PORT /mnt
+      mount -t fuse.alluxiofuse HOST:PORT /mnt -o ro
+      HOST:PORT/path  /mnt  fuse.alluxiofuse  _netdev,ro  0  0
+    """
+    from alluxiofuse.cli import mounting
+    from alluxiofuse.cli.address import expand
+    from alluxiofuse.fuse import mountopts
+
+    options = mountopts.parse(mount_options)
+    options.config_file = config_file or options.config_file
+    plan = mounting.plan_mount(expand(source), directory, options, {"cluster.secret_file": secret_file})
+    if foreground:
+        mounting.mount_in_foreground(plan, log_level)
+    else:
+        mounting.mount_in_background(plan, log_level, MISTAKE)
+
+
+@click.command()
+@click.argument("directory", metavar="DIR")
+@click.option("--lazy", "-l", is_flag=True, help="Detach it at once, even if it is in use.")
+def umount(directory: str, lazy: bool) -> None:
+    """Unmount DIR. Its daemon writes back what is left and ends."""
+    from alluxiofuse.fuse import mountpoint
+
+    parent, name = os.path.split(os.path.abspath(directory))
+    path = os.path.join(os.path.realpath(parent), name)  # the mount itself may be dead
+    mountpoint.umount(path, is_lazy=lazy)

@@ -1,0 +1,94 @@
+"""The entry point `alluxiofuse`."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+import click
+
+from alluxiofuse import __version__
+from alluxiofuse.cli import outcome
+
+COMMANDS: dict[str, str] = {
+    "local": "alluxiofuse.cli.cmd_local:local",
+    "master": "alluxiofuse.cli.cmd_daemons:master",
+    "worker": "alluxiofuse.cli.cmd_daemons:worker",
+    "mount": "alluxiofuse.cli.cmd_mount:mount",
+    "umount": "alluxiofuse.cli.cmd_mount:umount",
+    "format": "alluxiofuse.cli.cmd_format:format_command",
+    "fs": "alluxiofuse.cli.cmd_fs:fs",
+    "admin": "alluxiofuse.cli.cmd_admin:admin",
+}
+"""Name -> where the command is; imported when it is asked for."""
+
+
+class Commands(click.Group):
+    """A group that imports a command when it is used."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        place = COMMANDS.get(cmd_name)
+        if place is None:
+            return None
+        module, _, name = place.partition(":")
+        command = getattr(importlib.import_module(module), name)
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(cls=Commands)
+@click.version_option(__version__, prog_name="alluxiofuse", message="%(prog)s %(version)s")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def cli(debug: bool) -> None:
+    """One namespace over S3 and local storage, mounted as an ordinary Linux filesystem, with the hot
+    data kept in the memory and disks of the machines that use it.
+
+    \b
+    Start here:
+      alluxiofuse local --ufs DIR --mount DIR --state DIR     everything in one process
+      alluxiofuse fs ls /                                     look at it by path
+    \b
+    Several machines:
+      alluxiofuse master --ufs s3://bucket --state DIR
+      alluxiofuse worker --master HOST:PORT --state DIR --tier SSD:/cache:100GB
+      alluxiofuse mount HOST:PORT /mnt
+    """
+
+
+def is_mount_helper_call(arguments: Sequence[str]) -> bool:
+    """mount.fuse3 runs `alluxiofuse [SOURCE] DIR -o OPTIONS` for `mount -t fuse alluxiofuse#SOURCE`."""
+    words = [word for word in arguments[:-2] if not word.startswith("-")]
+    return (
+        len(arguments) in (3, 4)
+        and len(words) == len(arguments) - 2
+        and arguments[-2] == "-o"
+        and arguments[0] not in COMMANDS
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run a command and exit. No traceback reaches a user unless --debug asks for it."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if is_mount_helper_call(arguments):
+        from alluxiofuse.cli import mount_helper
+
+        mount_helper.main(arguments)
+        return
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    debug = "--debug" in arguments[:end]
+    # Taken wherever it was written.
+    arguments = [word for number, word in enumerate(arguments) if word != "--debug" or number > end]
+    try:
+        code = cli.main(list(arguments), prog_name=outcome.PROGRAM, standalone_mode=False)
+        sys.stdout.flush()
+    except BaseException as exc:
+        code = outcome.report(exc, debug=debug)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+if __name__ == "__main__":
+    main()

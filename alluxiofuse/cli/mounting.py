@@ -1,0 +1,135 @@
+"""Mounting a cluster's namespace at a directory: what `alluxiofuse mount` and mount(8) share."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import trio
+
+from alluxiofuse.cli import options as shared
+from alluxiofuse.cli.address import expand, master_address, split_source
+from alluxiofuse.cli.fs_context import security_of
+from alluxiofuse.cli.lifecycle import Life, print_ready, running
+from alluxiofuse.cli.outcome import complain
+from alluxiofuse.config import Config
+from alluxiofuse.errors import AlluxioFuseError, FsError, UserError
+
+if TYPE_CHECKING:
+    from alluxiofuse.client.filesystem import FileSystem
+    from alluxiofuse.fuse.mountopts import MountOptions
+
+
+@dataclass(frozen=True)
+class MountPlan:
+    """Checked; everything in it is absolute, so that it holds after a change of directory."""
+
+    address: str
+    path: bytes
+    """The directory of the namespace that becomes the root of the mount, b"" for its root."""
+    directory: str
+    options: MountOptions
+    config: Config
+
+
+def plan_mount(
+    source: str, directory: str, options: MountOptions, overrides: dict[str, str | None]
+) -> MountPlan:
+    """UserError when something can't work: the mount point, the options, the configuration. A dead
+    mount in the way is cleared. `source` "": the master is found as for other commands."""
+    from alluxiofuse.fuse import mountpoint
+
+    given = {"client.write_type": options.write_type, "cluster.secret_file": _absolute(options.secret_file)}
+    config = shared.load_config(
+        options.config_file, given | {k: v for k, v in overrides.items() if v is not None}
+    )
+    address, path = split_source(source)
+    address = master_address(address or None, config)
+    security_of(config)  # complains early
+    options.log_file = _absolute(options.log_file)
+    for note in mountpoint.prepare(directory, is_nonempty_allowed=options.is_nonempty_allowed):
+        complain(note, "note")
+    inside = os.fsencode(path).strip(b"/")
+    options.fsname = f"{expand(address)}/{os.fsdecode(inside)}" if inside else expand(address)
+    return MountPlan(expand(address), inside, os.path.abspath(directory), options, config)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else os.path.abspath(path)
+
+
+def mount_in_foreground(plan: MountPlan, log_level: str) -> None:
+    """Until a signal or an unmount. Prints the ready line."""
+    shared.set_up_logging(log_level)
+    _run(plan, lambda: print_ready(f"{plan.options.fsname} is mounted at {plan.directory}"))
+
+
+def mount_in_background(plan: MountPlan, log_level: str, failure_code: int) -> None:
+    """Returns in the daemon only, when it has ended; the process that called exits 0 when the mount
+    answers, else with `failure_code`."""
+    from alluxiofuse.fuse.daemon import daemonize
+
+    log_file = plan.options.log_file
+    pipe = daemonize(Path(log_file) if log_file else None)
+    shared.set_up_logging(log_level if log_file else "error")
+    try:
+        _run(plan, pipe.ready)
+    except AlluxioFuseError as exc:
+        pipe.failed(f"error: {exc.message}", failure_code)
+        sys.exit(failure_code)
+
+
+def _run(plan: MountPlan, on_ready: Callable[[], None]) -> None:
+    Life().run(lambda life: _mounted(plan, life), on_ready)
+
+
+@asynccontextmanager
+async def _mounted(plan: MountPlan, life: Life) -> AsyncIterator[None]:
+    from alluxiofuse.client.connect import open_filesystem
+
+    async with open_filesystem(
+        plan.address,
+        security=security_of(plan.config),
+        config=plan.config.client,
+        name=f"fuse {plan.directory}",
+    ) as filesystem:
+        if plan.path:
+            plan.options.root_ino = await _root_of(filesystem, b"/" + plan.path)
+        async with fuse_session(filesystem, plan.directory, plan.options, life):
+            yield
+
+
+async def _root_of(filesystem: FileSystem, path: bytes) -> int:
+    import stat
+
+    from alluxiofuse.wire.types import SUPERUSER
+
+    try:
+        attr = (await filesystem.resolve(SUPERUSER, path))[-1]
+    except FsError as exc:
+        raise UserError(f"{os.fsdecode(path)} in the namespace: {os.strerror(exc.errno)}") from None
+    if not stat.S_ISDIR(attr.mode):
+        raise UserError(
+            f"{os.fsdecode(path)} in the namespace is not a directory: only directories are mounted"
+        )
+    return attr.ino
+
+
+@asynccontextmanager
+async def fuse_session(
+    filesystem: FileSystem, directory: str, options: MountOptions, life: Life
+) -> AsyncIterator[None]:
+    """The mount answers while the block runs. Unmounted from outside: `life.stop` is set."""
+    from alluxiofuse.fuse import session
+
+    async def serve(*, task_status: trio.TaskStatus[None]) -> None:
+        await session.serve(filesystem, directory, options, handle_signals=False, task_status=task_status)
+        life.stop.set()
+
+    async with running(serve):
+        yield

@@ -1,0 +1,114 @@
+"""A daemon's state directory: made, recognised, and owned by one process at a time.
+
+Every state directory holds a file `lock`. It is locked (flock) as long as its daemon lives and
+holds the daemon's pid; and it marks the directory as ours.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from types import TracebackType
+
+from alluxiofuse.errors import StateError, UserError
+
+LOCK_NAME = "lock"
+MASTER_SOCKET = "master.sock"
+WORKER_SOCKET = "worker.sock"
+
+
+class StateDir:
+    """`with StateDir(path) as state:` - ours until the block ends; made if need be.
+
+    UserError: another process uses it. StateError: it is no directory, not ours to write, or holds
+    other files and no lock file of ours. A directory that was made here and is still empty (but for
+    the lock) at the end is removed again.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(os.path.abspath(path))
+        self._fd = -1
+        self._was_made = False
+
+    @property
+    def master_socket(self) -> Path:
+        return self.path / MASTER_SOCKET
+
+    @property
+    def worker_socket(self) -> Path:
+        return self.path / WORKER_SOCKET
+
+    def __enter__(self) -> StateDir:
+        self._was_made = _make(self.path)
+        try:
+            _check_is_ours(self.path)
+            self._fd = _lock(self.path)
+        except BaseException:
+            self._remove_if_new()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._remove_if_new()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def _remove_if_new(self) -> None:
+        """Leave nothing of a start that failed before anything was stored."""
+        if self._was_made:
+            try:
+                if os.listdir(self.path) in ([LOCK_NAME], []):
+                    (self.path / LOCK_NAME).unlink(missing_ok=True)
+                    self.path.rmdir()
+            except OSError:
+                pass
+
+
+def _make(path: Path) -> bool:
+    try:
+        path.parent.mkdir(mode=0o755, parents=True, exist_ok=True)
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        return False
+    except OSError as exc:
+        raise StateError(f"state directory {path} can't be made: {exc.strerror}: name another") from None
+    return True
+
+
+def _check_is_ours(path: Path) -> None:
+    try:
+        names = os.listdir(path)
+    except OSError as exc:
+        raise StateError(f"state directory {path} can't be used: {exc.strerror}: name another") from None
+    if names and LOCK_NAME not in names:
+        raise StateError(
+            f"state directory {path} holds other files ({sorted(names)[0]}): name an empty or new one"
+        )
+    if not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+        raise StateError(
+            f"state directory {path} can't be written by this user: mend its mode or name another"
+        )
+
+
+def _lock(path: Path) -> int:
+    file = path / LOCK_NAME
+    try:
+        fd = os.open(file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    except OSError as exc:
+        raise StateError(f"{file} can't be opened: {exc.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        pid = os.pread(fd, 20, 0).decode("ascii", "replace").strip()
+        os.close(fd)
+        raise UserError(
+            f"state directory {path} is in use by another alluxiofuse (pid {pid or 'unknown'}): "
+            "stop that one or name another directory"
+        ) from None
+    os.ftruncate(fd, 0)
+    os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    return fd
