@@ -2,7 +2,7 @@
 
 Plain functions on a transaction, called by whoever changes the namespace, in the same transaction.
 They decide what the mount's store can hold. They may change fields of `record` in place; the caller
-puts it afterwards. After the commit the caller calls `wake`.
+puts it afterwards. The persister is woken when the transaction commits.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import stat
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from alluxiofuse.master import places
@@ -22,6 +23,7 @@ from alluxiofuse.master.records import (
     RemoveEntry,
     SyncEntry,
 )
+from alluxiofuse.master.recent_paths import RecentPaths
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities
 
@@ -51,6 +53,8 @@ class PersistLog:
         self._touched: dict[Key, None] = {}
         self.is_overflowed = True
         """More changes than were remembered: the store has to be scanned. True at the start."""
+        self.recent = RecentPaths()
+        """Written by the persister, read by the loader."""
         self._on_wake: list[Callable[[], None]] = []
 
     # --- changes of the namespace -----------------------------------------------------------------
@@ -86,7 +90,9 @@ class PersistLog:
         """Before parent and name are cleared and the edge is deleted. The caller may keep the inode as
         an orphan: then `location_path` still tells where its clean bytes are."""
         entry = tx.sync_entry(ino)
-        tx.delete_sync_entry(ino)
+        if entry is not None:
+            tx.delete_sync_entry(ino)
+            tx.after_commit(partial(self.touch, ino))
         if record.is_local_only:
             return
         is_dir = stat.S_ISDIR(record.mode)
@@ -127,7 +133,7 @@ class PersistLog:
         is_back = entry is not None and places.place_below(tx, new_parent, new_name) == location
         if is_back and entry is not None and entry.intent is None:
             places.set_location(tx, ino, record, None)
-            self._keep(tx, ino, entry, entry.what & ~SYNC_NAME)
+            self.keep(tx, ino, entry, entry.what & ~SYNC_NAME)
             return
         places.set_location(tx, ino, record, location)
         self.add(tx, ino, SYNC_NAME)
@@ -136,10 +142,9 @@ class PersistLog:
         """After the commit that deleted an orphan: its bytes may be deleted now."""
         if record.location is not None:
             self.touch((record.mount_id, record.location))
-        self.wake()
 
     def wake(self) -> None:
-        """After a commit: there may be work."""
+        """There may be work. Follows every commit that entered something, by itself."""
         for callback in self._on_wake:
             callback()
 
@@ -159,6 +164,7 @@ class PersistLog:
             self.is_overflowed = True
         else:
             self._touched[key] = None
+        self.wake()
 
     def add(self, tx: Transaction, ino: int, what: int) -> None:
         """Put `what` into the inode's entry, with a new generation."""
@@ -167,18 +173,20 @@ class PersistLog:
         entry.generation = self.store.take_number(b"next_id")
         entry.queued_at_ns = self._wall_ns()
         tx.put_sync_entry(ino, entry)
-        self.touch(ino)
+        tx.after_commit(partial(self.touch, ino))
 
     def remove(self, tx: Transaction, mount_id: int, path: bytes, is_dir: bool, holder: int = 0) -> None:
         """What is at `path` is nobody's any more."""
         generation = self.store.take_number(b"next_id")
         tx.put_remove_entry(mount_id, path, RemoveEntry(generation, is_dir, self._wall_ns(), holder))
-        self.touch((mount_id, path))
+        tx.after_commit(partial(self.touch, (mount_id, path)))
 
-    def arrived(self, tx: Transaction, ino: int, record: InodeRecord, path: bytes) -> None:
-        """The inode's bytes are at `path` now: what it left elsewhere is to be removed, what lay there
-        is gone. The caller puts the record."""
-        if record.is_in_ufs:
+    def arrived(
+        self, tx: Transaction, ino: int, record: InodeRecord, path: bytes, is_moved: bool = False
+    ) -> None:
+        """The inode's bytes are at `path` now: what lay there is gone, and what it left elsewhere is to
+        be removed (nothing, when it was moved by an atomic rename). The caller puts the record."""
+        if record.is_in_ufs and not is_moved:
             before = places.location_path(tx, ino, record)
             if before is not None and before != path and self._leaves_something(record):
                 self.remove(tx, record.mount_id, before, stat.S_ISDIR(record.mode))
@@ -200,7 +208,8 @@ class PersistLog:
         """Directories of a store that has none leave nothing behind."""
         return not stat.S_ISDIR(record.mode) or self._mounts.capabilities(record.mount_id).has_directories
 
-    def _keep(self, tx: Transaction, ino: int, entry: SyncEntry, what: int) -> None:
+    def keep(self, tx: Transaction, ino: int, entry: SyncEntry, what: int) -> None:
+        """Put the entry with just these bits; without any, and no intent, it goes."""
         if what or entry.intent is not None:
             entry.what = what
             tx.put_sync_entry(ino, entry)

@@ -1,0 +1,116 @@
+"""Which entries of the persist log are due, which wait for others, and which paths are in use.
+
+Plain state of the persister, no I/O, no clock of its own. Bounded: entries beyond `MAX_KEYS` are not
+taken in; the persister then scans the store again later.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from alluxiofuse.master import places
+from alluxiofuse.master.persist_log import Key
+
+MAX_KEYS = 100_000
+
+
+class ReadyQueue:
+    """Keys with the instant (monotonic, seconds) from which they may be looked at."""
+
+    def __init__(self) -> None:
+        self._due: dict[Key, float] = {}
+        self._heap: list[tuple[float, int, Key]] = []
+        self._order = itertools.count()
+        self._blocked: dict[Key, dict[Key, None]] = {}
+        """Blocker -> those that wait for it (which are in `_due` too, as a second chance)."""
+
+    def __len__(self) -> int:
+        return len(self._due)
+
+    def put(self, key: Key, due_s: float) -> bool:
+        """Enter, or change the instant. False: full."""
+        if key not in self._due and len(self._due) >= MAX_KEYS:
+            return False
+        self._due[key] = due_s
+        heapq.heappush(self._heap, (due_s, next(self._order), key))
+        if len(self._heap) > 4 * MAX_KEYS:
+            self._heap = [(due, next(self._order), key) for key, due in self._due.items()]
+            heapq.heapify(self._heap)
+        return True
+
+    def advance(self, key: Key, due_s: float) -> None:
+        """Not later than `due_s`."""
+        known = self._due.get(key)
+        if known is None or known > due_s:
+            self.put(key, due_s)
+
+    def block(self, key: Key, blocker: Key, due_s: float) -> None:
+        """Due when `blocker` has finished, at the latest at `due_s`."""
+        self.put(key, due_s)
+        self._blocked.setdefault(blocker, {})[key] = None
+
+    def finished(self, blocker: Key, now_s: float) -> None:
+        for key in self._blocked.pop(blocker, ()):
+            self.advance(key, now_s)
+
+    def pop(self, now_s: float) -> Key | None:
+        """A key that is due, taken out."""
+        while self._heap and self._heap[0][0] <= now_s:
+            due, _, key = heapq.heappop(self._heap)
+            if self._due.get(key) == due:
+                del self._due[key]
+                return key
+        return None
+
+    def discard(self, key: Key) -> None:
+        self._due.pop(key, None)
+
+    @property
+    def next_due_s(self) -> float | None:
+        while self._heap and self._due.get(self._heap[0][2]) != self._heap[0][0]:
+            heapq.heappop(self._heap)
+        return self._heap[0][0] if self._heap else None
+
+
+@dataclass(frozen=True, slots=True)
+class Lock:
+    mount_id: int
+    path: bytes
+    is_tree: bool
+    """With everything below."""
+
+    def conflicts(self, other: Lock) -> bool:
+        if self.mount_id != other.mount_id:
+            return False
+        if self.path == other.path:
+            return True
+        return (self.is_tree and places.is_below(other.path, self.path)) or (
+            other.is_tree and places.is_below(self.path, other.path)
+        )
+
+
+class PathLocks:
+    """Paths at which something is going on right now; few (bounded by the persister's parallelism)."""
+
+    def __init__(self) -> None:
+        self._held: dict[Key, tuple[Lock, ...]] = {}
+
+    def conflict(self, locks: Iterable[Lock], key: Key) -> Key | None:
+        """Who else holds one that conflicts."""
+        wanted = tuple(locks)
+        for holder, held in self._held.items():
+            if holder != key and any(a.conflicts(b) for a in wanted for b in held):
+                return holder
+        return None
+
+    def hold(self, key: Key, locks: Iterable[Lock]) -> None:
+        self._held[key] = tuple(locks)
+
+    def release(self, key: Key) -> None:
+        self._held.pop(key, None)
+
+    def is_held(self, key: Key) -> bool:
+        return key in self._held

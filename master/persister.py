@@ -1,0 +1,531 @@
+"""The persister: makes under storages equal to the namespace, as the persist log demands.
+
+One task takes keys that are due, has them planned, and starts jobs; uploads are handed to the
+workers that hold the bytes and end with `done`. Everything that counts is in the store: after a kill
+at any point a new persister starts from the `persist` family. All methods run in the master's thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import trio
+
+from alluxiofuse.config import MasterConfig
+from alluxiofuse.errors import AlluxioFuseError, UfsError, UfsUnavailableError, from_wire
+from alluxiofuse.master import places
+from alluxiofuse.master.clock import Clock
+from alluxiofuse.master.containers import inode_of_container
+from alluxiofuse.master.mounts import MountTable
+from alluxiofuse.master.persist_jobs import JobRunner, Loading
+from alluxiofuse.master.persist_log import Key, PersistLog
+from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
+from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
+from alluxiofuse.master.records import INTENT_RENAME, INTENT_UPLOAD, IntentRecord
+from alluxiofuse.master.store import Store, u64
+from alluxiofuse.master.workers import WorkerRegistry
+from alluxiofuse.ufs.base import UfsEntry
+from alluxiofuse.ufs.paths import show
+from alluxiofuse.wire.codec import decode
+from alluxiofuse.wire.master_ops import PersistDone
+from alluxiofuse.wire.messages import NOTHING, Nothing
+from alluxiofuse.wire.types import CancelPersistCommand, PersistCommand
+
+log = logging.getLogger(__name__)
+
+UPLOADS_PER_PARALLEL = 4
+"""Uploads handed to workers at once, for each of `persist_parallel`: they queue there."""
+REMOVALS_PER_JOB = 500
+BLOCKED_RETRY_S = 5.0
+ORPHAN_RETRY_S = 1.0
+CANCEL_PATIENCE_S = 10.0
+"""How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
+MAX_RETRY_S = 60.0
+
+
+@dataclass(slots=True)
+class Upload:
+    """A PersistCommand that was given to a worker and has not ended."""
+
+    task_id: int
+    ino: int
+    generation: int
+    mount_id: int
+    path: bytes
+    container: int
+    size: int
+    worker_id: int
+    sent_at_s: float
+    is_cancelled: bool = False
+
+
+@dataclass(slots=True)
+class Failure:
+    count: int
+    message: str
+    is_permanent: bool
+    """Will not go away by waiting (permission, a name the store refuses); retried all the same."""
+
+
+class Persister:
+    def __init__(
+        self,
+        store: Store,
+        mounts: MountTable,
+        persist_log: PersistLog,
+        workers: WorkerRegistry,
+        loader: Loading,
+        clock: Clock,
+        config: MasterConfig,
+        *,
+        first_retry_s: float = 0.2,
+        at: Callable[[str], None] = lambda point: None,
+    ) -> None:
+        """`at` is called at named points (failure injection of tests)."""
+        self._store = store
+        self._log = persist_log
+        self._workers = workers
+        self._clock = clock
+        self._config = config
+        self._first_retry_s = first_retry_s
+        self._at = at
+        self._locks = PathLocks()
+        self._queue = ReadyQueue()
+        self._planner = Planner(store, mounts, persist_log, self._locks)
+        self._jobs = JobRunner(store, mounts, persist_log, loader, clock.now_ns, at)
+        self._running = 0
+        self._uploads: dict[int, Upload] = {}
+        self._upload_of: dict[int, int] = {}
+        """Inode -> task id."""
+        self._ended_tasks: dict[int, None] = {}
+        """Tasks that surely write no more, though it is not known what they wrote; newest last."""
+        self._cancel_until_s: dict[int, float] = {}
+        """Tasks of an earlier life that were told to stop."""
+        self._no_slot: deque[int] = deque()
+        """Inodes that wait for one of the uploads to end."""
+        self._no_worker: dict[int, None] = {}
+        """Inodes whose bytes are at no worker that is alive."""
+        self._failures: dict[Key, Failure] = {}
+        self._waiters: dict[int, trio.Event] = {}
+        self._wake = trio.Event()
+        self._hurried: set[Key] = set()
+        self._scan_after: bytes | None = None
+        persist_log.on_wake(self._woken)
+        workers.on_ready.append(self._worker_ready)
+        workers.on_lost.append(self._worker_lost)
+
+    # --- for handlers -----------------------------------------------------------------------------
+
+    def done(self, request: PersistDone) -> Nothing:
+        """The end of an upload. Late, duplicate or unknown ones are harmless."""
+        upload = self._uploads.get(request.task_id) or self._find_task(request)
+        if upload is None or upload.container != request.container:
+            self._ended(request.task_id)
+            return NOTHING
+        if not request.error_code:
+            self._at("before upload commit")
+            found = UfsEntry(upload.path, 0o100000, request.size, 0, request.fingerprint)
+            self._jobs.arrived(
+                upload.ino, upload.mount_id, upload.path, upload.generation, upload.container, found
+            )
+            self._workers.mark_clean(upload.container, request.worker_id)
+            self._end_upload(upload, None)
+        elif request.error_code in ("stale", "cancelled"):
+            self._jobs.abandon(upload.ino, upload.mount_id, upload.path)
+            self._end_upload(upload, None if upload.is_cancelled else BLOCKED_RETRY_S)
+        else:
+            self._failed(upload.ino, from_wire(request.error_code, 5, request.error_message))
+            self._end_upload(upload, self._backoff_s(upload.ino))
+        return NOTHING
+
+    def cancel(self, ino: int) -> None:
+        """The content of `ino` is about to change: its upload need not be finished. The path stays
+        locked until the worker has answered."""
+        upload = self._uploads.get(self._upload_of.get(ino, 0))
+        if upload is None or upload.is_cancelled:
+            return
+        upload.is_cancelled = True
+        if self._workers.withdraw(upload.worker_id, upload.task_id):
+            self._jobs.abandon(ino, upload.mount_id, upload.path)
+            self._end_upload(upload, None)
+        else:
+            self._workers.send(upload.worker_id, CancelPersistCommand(upload.task_id))
+
+    def hurry(self, ino: int) -> None:
+        """Persist it now, without the usual rest."""
+        self._hurried.add(ino)
+        self._woken()
+
+    async def wait(self, ino: int, container: int, wait_s: float) -> bool:
+        """True once content `container` or newer of `ino` is in the under storage (or the inode is
+        gone, or never goes there); False after `wait_s`. UfsError when it fails for a reason that
+        waiting does not cure."""
+        with trio.move_on_after(wait_s):
+            while not self._is_persisted(ino, container):
+                failure = self._failures.get(ino)
+                if failure is not None and failure.is_permanent:
+                    raise UfsError(failure.message)
+                self.hurry(ino)
+                await self._waiters.setdefault(ino, trio.Event()).wait()
+            return True
+        return self._is_persisted(ino, container)
+
+    def failing(self, limit: int = 100) -> list[str]:
+        """One line per entry that keeps failing."""
+        lines = []
+        for key, failure in list(self._failures.items())[:limit]:
+            lines.append(f"{self._name(key)}: {failure.message} ({failure.count} times)")
+        return lines
+
+    def is_idle(self) -> bool:
+        """Nothing is left to do: the log is empty. (Reads the store: for tests and shutdown.)"""
+        if self._running or self._uploads:
+            return False
+        return not any(True for p in (b"s", b"r", b"i") for _ in self._store.scan("persist", p))
+
+    # --- the task ---------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Until cancelled. A job that is in a thread then is waited for, and not committed."""
+        async with trio.open_nursery() as nursery:
+            self._resolve_renames_first()
+            while True:
+                self._wake = trio.Event()
+                self._take_in()
+                self._start_due(nursery)
+                self._watch_uploads()
+                with trio.move_on_after(self._pause_s()):
+                    await self._wake.wait()
+
+    def _pause_s(self) -> float:
+        due = self._queue.next_due_s
+        if due is None or self._running >= self._config.persist_parallel:
+            return 1.0 if self._uploads else 60.0
+        return min(max(0.001, due - self._clock.monotonic()), 1.0 if self._uploads else 60.0)
+
+    def _resolve_renames_first(self) -> None:
+        """Renames that a kill interrupted: first of all, so that locations can be relied on."""
+        for _, value in self._store.scan("persist", b"i"):
+            intent = decode(value, IntentRecord)
+            if intent.kind == INTENT_RENAME:
+                self._queue.put(intent.ino, -math.inf)
+
+    def _take_in(self) -> None:
+        """New entries, from the log's memory or by scanning the store."""
+        now = self._clock.monotonic()
+        for key in self._log.take_touched():
+            if not self._queue.put(key, now + self._config.persist_delay_s):
+                self._log.is_overflowed = True
+        while self._hurried:
+            self._queue.put(self._hurried.pop(), now)
+        if self._log.is_overflowed and len(self._queue) < MAX_KEYS // 2:
+            self._scan(now)
+
+    def _scan(self, now: float) -> None:
+        """Go on through the store where the last scan stopped; around once, all has been seen."""
+        for key, _ in self._store.scan("persist", b"", self._scan_after):
+            found = _key_of(key)
+            if found is None or (isinstance(found, int) and self._locks.is_held(found)):
+                continue
+            if len(self._queue) >= MAX_KEYS - 1:
+                return
+            self._scan_after = key
+            self._queue.advance(found, now + self._config.persist_delay_s)
+        if self._scan_after is None or len(self._queue) < MAX_KEYS // 2:
+            self._log.is_overflowed = False
+        self._scan_after = None
+
+    def _start_due(self, nursery: trio.Nursery) -> None:
+        now = self._clock.monotonic()
+        while self._running < self._config.persist_parallel:
+            key = self._queue.pop(now)
+            if key is None:
+                return
+            plan = self._planner.plan(key)
+            if isinstance(plan, Blocked):
+                plan = self._wait_for(key, plan, now)
+            if plan is None or isinstance(plan, Waits):
+                if plan is None:
+                    self._forget(key)
+                self._queue.finished(key, now)
+            elif isinstance(plan, Job):
+                self._start(nursery, plan, now)
+
+    def _wait_for(self, key: Key, blocked: Blocked, now: float) -> Plan:
+        if blocked.by is None:
+            self._queue.put(key, now + ORPHAN_RETRY_S)
+            return Blocked(None)
+        if not self._locks.is_held(blocked.by):
+            breaker = self._planner.cycle_breaker(key)
+            if breaker is not None:
+                self._queue.block(key, breaker.key, now + BLOCKED_RETRY_S)
+                return breaker
+            self._queue.advance(blocked.by, now)
+        self._queue.block(key, blocked.by, now + BLOCKED_RETRY_S)
+        return blocked
+
+    def _start(self, nursery: trio.Nursery, job: Job, now: float) -> None:
+        if job.kind is Kind.UPLOAD:
+            self._start_upload(job, now)
+            return
+        if job.kind is Kind.RESOLVE_PUT and not self._is_over(job, now):
+            return
+        jobs = [job]
+        if job.kind is Kind.REMOVE:
+            jobs += self._more_removals(job)
+        for one in jobs:
+            self._queue.discard(one.key)
+            self._locks.hold(one.key, one.locks)
+        self._running += 1
+        nursery.start_soon(self._run_jobs, jobs)
+
+    async def _run_jobs(self, jobs: list[Job]) -> None:
+        retry_s: float | None = None
+        try:
+            if jobs[0].kind is Kind.REMOVE:
+                await self._jobs.remove(jobs[0].mount_id, jobs)
+            else:
+                await self._jobs.run(jobs[0])
+            for job in jobs:
+                self._failures.pop(job.key, None)
+        except AlluxioFuseError as exc:
+            for job in jobs:
+                self._failed(job.key, exc)
+                retry_s = self._backoff_s(job.key)
+        finally:
+            self._running -= 1
+            for job in jobs:
+                self._finished(job.key, retry_s)
+
+    def _finished(self, key: Key, retry_s: float | None) -> None:
+        """A job ended: look at its entry again, and at those that waited for it."""
+        now = self._clock.monotonic()
+        self._locks.release(key)
+        self._queue.advance(key, now + (retry_s or 0.0))
+        self._queue.finished(key, now)
+        if isinstance(key, int):
+            waiter = self._waiters.pop(key, None)
+            if waiter is not None:
+                waiter.set()
+        self._wake.set()
+
+    def _more_removals(self, first: Job) -> list[Job]:
+        """Removals of the same kind that follow in the store and can be done with this one."""
+        found: list[Job] = []
+        rested = self._clock.now_ns() - int(self._config.persist_delay_s * 1e9)
+        looked = 0
+        tx = self._store.transaction()
+        for path, _ in self._store.scan("persist", b"r" + u64(first.mount_id), first.target):
+            looked += 1
+            if len(found) >= REMOVALS_PER_JOB or looked > 2 * REMOVALS_PER_JOB:
+                break
+            entry = tx.remove_entry(first.mount_id, path)
+            key = (first.mount_id, path)
+            if entry is None or entry.queued_at_ns > rested or entry.is_dir != first.is_dir:
+                continue
+            if key in self._failures:
+                continue
+            plan = self._planner.plan(key)
+            if isinstance(plan, Job) and plan.kind is Kind.REMOVE:
+                found.append(plan)
+        return found
+
+    # --- uploads ----------------------------------------------------------------------------------
+
+    def _start_upload(self, job: Job, now: float) -> None:
+        if len(self._uploads) >= self._config.persist_parallel * UPLOADS_PER_PARALLEL:
+            self._no_slot.append(job.ino)
+            return
+        record = self._store.inode(job.ino)
+        if record is None:
+            return
+        worker_id = self._holder(record.container, record.held_by)
+        if not worker_id:
+            self._no_worker[job.ino] = None
+            self._note_failure(job.ino, f"its only copy is on worker {record.held_by}, which is not running")
+            self._queue.put(job.ino, now + MAX_RETRY_S)
+            return
+        task_id = self._store.take_number(b"next_id")
+        intent = IntentRecord(job.ino, INTENT_UPLOAD, record.container, task_id, worker_id)
+        if not self._jobs.begin(job, intent):
+            return
+        upload = Upload(
+            task_id,
+            job.ino,
+            job.generation,
+            job.mount_id,
+            job.target,
+            record.container,
+            record.size,
+            worker_id,
+            now,
+        )
+        self._locks.hold(job.key, job.locks)
+        self._uploads[task_id] = upload
+        self._upload_of[job.ino] = task_id
+        self._command(upload)
+
+    def _command(self, upload: Upload) -> None:
+        record = self._store.inode(upload.ino)
+        if record is None:
+            return
+        command = PersistCommand(
+            upload.task_id,
+            upload.container,
+            upload.size,
+            upload.mount_id,
+            upload.path,
+            record.mode & 0o7777,
+            record.uid,
+            record.gid,
+            record.mtime_ns,
+        )
+        self._workers.send(upload.worker_id, command)
+
+    def _holder(self, container: int, held_by: int) -> int:
+        """An alive worker that has the bytes; 0: none."""
+        if self._workers.is_alive(held_by):
+            return held_by
+        holders = self._workers.holders(container)
+        return holders[0] if holders else 0
+
+    def _end_upload(self, upload: Upload, retry_s: float | None) -> None:
+        self._ended(upload.task_id)
+        known = self._uploads.pop(upload.task_id, None)
+        if known is None:
+            self._queue.advance(upload.ino, self._clock.monotonic())
+            self._wake.set()
+            return
+        self._upload_of.pop(upload.ino, None)
+        if retry_s is None:
+            self._failures.pop(upload.ino, None)
+        self._finished(upload.ino, retry_s)
+        if self._no_slot:
+            self._queue.put(self._no_slot.popleft(), self._clock.monotonic())
+
+    def _ended(self, task_id: int) -> None:
+        self._ended_tasks[task_id] = None
+        self._cancel_until_s.pop(task_id, None)
+        if len(self._ended_tasks) > MAX_KEYS:
+            del self._ended_tasks[next(iter(self._ended_tasks))]
+
+    def _find_task(self, request: PersistDone) -> Upload | None:
+        """A task of an earlier life, by the intent that it left."""
+        ino = inode_of_container(self._store, request.container)
+        tx = self._store.transaction()
+        record = None if ino is None else tx.inode(ino)
+        entry = None if ino is None else tx.sync_entry(ino)
+        if ino is None or record is None or entry is None or entry.intent is None:
+            return None
+        intent = tx.intent(record.mount_id, entry.intent)
+        if intent is None or intent.ino != ino or intent.task_id != request.task_id:
+            return None
+        return Upload(
+            request.task_id,
+            ino,
+            0,
+            record.mount_id,
+            entry.intent,
+            request.container,
+            request.size,
+            request.worker_id,
+            0.0,
+        )
+
+    def _is_over(self, job: Job, now: float) -> bool:
+        """Whether an upload of unknown end surely writes no more; if not, it is told to stop, and the
+        entry is looked at again."""
+        intent = job.intent
+        if intent is None or intent.kind != INTENT_UPLOAD or intent.task_id in self._ended_tasks:
+            return True
+        until = self._cancel_until_s.get(intent.task_id)
+        if until is None:
+            until = self._cancel_until_s[intent.task_id] = now + CANCEL_PATIENCE_S
+            self._workers.send(intent.worker_id, CancelPersistCommand(intent.task_id))
+        if now >= until:
+            self._ended(intent.task_id)
+            return True
+        self._queue.put(job.key, min(until, now + 1.0))
+        return False
+
+    def _watch_uploads(self) -> None:
+        """Send again what should have ended long ago: the command or its answer was lost."""
+        now = self._clock.monotonic()
+        for upload in list(self._uploads.values()):
+            if now - upload.sent_at_s > 60 + upload.size / (2 << 20):
+                upload.sent_at_s = now
+                if upload.is_cancelled:
+                    self._workers.send(upload.worker_id, CancelPersistCommand(upload.task_id))
+                else:
+                    self._command(upload)
+
+    def _worker_lost(self, worker_id: int) -> None:
+        """What it was told is void: to be told again, to whoever has the bytes."""
+        for upload in [u for u in self._uploads.values() if u.worker_id == worker_id]:
+            self._end_upload(upload, self._first_retry_s)
+
+    def _worker_ready(self, worker_id: int) -> None:
+        waiting, self._no_worker = self._no_worker, {}
+        for ino in waiting:
+            self._queue.advance(ino, self._clock.monotonic())
+        self._wake.set()
+
+    # --- within -----------------------------------------------------------------------------------
+
+    def _woken(self) -> None:
+        self._wake.set()
+
+    def _is_persisted(self, ino: int, container: int) -> bool:
+        record = self._store.inode(ino)
+        if record is None or not record.parent or record.is_local_only:
+            return True
+        if record.is_in_ufs and record.ufs_container >= container and container:
+            return True
+        return is_clean(record)
+
+    def _failed(self, key: Key, exc: AlluxioFuseError) -> None:
+        is_permanent = isinstance(exc, UfsError) and not isinstance(exc, UfsUnavailableError)
+        self._note_failure(key, exc.message or exc.code, is_permanent)
+
+    def _note_failure(self, key: Key, message: str, is_permanent: bool = False) -> None:
+        known = self._failures.pop(key, None)
+        count = 1 if known is None else known.count + 1
+        if len(self._failures) < MAX_KEYS:
+            self._failures[key] = Failure(count, message, is_permanent)
+        if count == 1 or is_permanent:
+            log.warning("persisting %s failed: %s", self._name(key), message)
+
+    def _backoff_s(self, key: Key) -> float:
+        failure = self._failures.get(key)
+        count = 1 if failure is None else min(failure.count, 20)
+        return float(min(MAX_RETRY_S, self._first_retry_s * 2 ** (count - 1)))
+
+    def _forget(self, key: Key) -> None:
+        self._failures.pop(key, None)
+        if isinstance(key, int):
+            self._no_worker.pop(key, None)
+            waiter = self._waiters.pop(key, None)
+            if waiter is not None:
+                waiter.set()
+
+    def _name(self, key: Key) -> str:
+        if not isinstance(key, int):
+            return f"removal of {show(key[1])}"
+        record = self._store.inode(key)
+        return f"inode {key}" if record is None else show(places.namespace_path(self._store, key, record))
+
+
+def _key_of(raw: bytes) -> Key | None:
+    """The entry that a key of the `persist` family belongs to."""
+    if raw[:1] == b"s":
+        return int.from_bytes(raw[1:9], "big")
+    if raw[:1] == b"r":
+        return int.from_bytes(raw[1:9], "big"), raw[9:]
+    return None
+
+
+Plan = Job | Blocked | Waits | None
