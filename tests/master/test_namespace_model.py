@@ -367,7 +367,7 @@ def test_like_a_real_directory(tmp_path: Path, real: bytes, seed: int, is_root_o
                 pair.world.content.sweep()
                 pair.world.validate()
         pair.compare()
-        assert pair.done > 40
+        assert pair.done > 20
         pair.world.store.close()
 
     try:

@@ -1,0 +1,241 @@
+"""All operations of the master: from a request and who sent it to the part that answers it.
+
+Handlers of the namespace are synchronous steps that the gate runs (see `loading`): they answer at
+once, or with an awaitable when an under storage has to be asked first.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+from collections.abc import Awaitable, Callable
+from functools import partial
+from typing import Any, Protocol
+
+import msgspec
+import trio
+
+from alluxiofuse.errors import AuthError
+from alluxiofuse.master.changes import Changes
+from alluxiofuse.master.content import Content
+from alluxiofuse.master.events import Events
+from alluxiofuse.master.namespace import Namespace
+from alluxiofuse.master.sessions import Sessions
+from alluxiofuse.master.workers import WorkerRegistry
+from alluxiofuse.master.xattrs import Xattrs
+from alluxiofuse.rpc.base import Buffer, Handler, Peer, Service
+from alluxiofuse.wire import master_ops
+from alluxiofuse.wire.messages import NOTHING, Nothing, Request, requests_of
+from alluxiofuse.wire.types import Caller, FsUsage
+
+NOBODY = Caller(65534, 65534, [])
+
+
+class Persister(Protocol):
+    """See `persister.Persister`."""
+
+    def hurry(self, ino: int) -> None: ...
+
+    async def wait(self, ino: int, container: int, wait_s: float) -> bool: ...
+
+
+class SourceLoader(Protocol):
+    async def source_changed(self, ino: int, container: int) -> None: ...
+
+
+class MasterService(Service):
+    """Constant after construction. `management`: the handlers of the operations of `manage`."""
+
+    def __init__(
+        self,
+        namespace: Namespace,
+        changes: Changes,
+        xattrs: Xattrs,
+        content: Content,
+        sessions: Sessions,
+        events: Events,
+        workers: WorkerRegistry,
+        persister: Persister,
+        loader: SourceLoader,
+        cluster_id: str,
+        management: dict[type[Request[Any]], Handler],
+    ) -> None:
+        self._namespace = namespace
+        self._changes = changes
+        self._xattrs = xattrs
+        self._content = content
+        self._sessions = sessions
+        self._events = events
+        self._workers = workers
+        self._persister = persister
+        self._loader = loader
+        self._cluster_id = cluster_id
+        self._store = namespace.store
+        self._gate = namespace.gate
+        self._handlers: dict[type[Request[Any]], Handler] = {
+            **self._session_handlers(),
+            **self._namespace_handlers(),
+            **self._content_handlers(),
+            **self._worker_handlers(),
+            **management,
+        }
+
+    @property
+    def ops(self) -> dict[str, type[Request[Any]]]:
+        return requests_of(master_ops)
+
+    @property
+    def handlers(self) -> dict[type[Request[Any]], Handler]:
+        return self._handlers
+
+    # --- tables -----------------------------------------------------------------------------------
+
+    def _session_handlers(self) -> dict[type[Request[Any]], Handler]:
+        return {
+            master_ops.OpenSession: _plain(self._open_session),
+            master_ops.SessionHeartbeat: _plain(self._session_heartbeat),
+            master_ops.CloseSession: _plain(self._close_session),
+            master_ops.Watch: _plain(self._watch),
+            master_ops.SyncMetadata: _plain(self._sync_metadata),
+            master_ops.StatFs: _plain(self._statfs),
+        }
+
+    def _namespace_handlers(self) -> dict[type[Request[Any]], Handler]:
+        names, changes, xattrs = self._namespace, self._changes, self._xattrs
+        return {
+            master_ops.Lookup: self._step(lambda r: names.lookup(r.who, r.parent, r.name)),
+            master_ops.Resolve: self._step(lambda r: names.resolve(r.who, r.path, r.follow)),
+            master_ops.GetAttr: self._step(lambda r: names.getattr(r.ino)),
+            master_ops.ReadDir: self._step(lambda r: names.readdir(r.who, r.ino, r.after, r.limit)),
+            master_ops.ReadLink: self._step(lambda r: names.readlink(r.ino)),
+            master_ops.Access: self._step(lambda r: names.access(r.who, r.ino, r.mask) or NOTHING),
+            master_ops.SetAttr: self._step(changes.setattr),
+            master_ops.Mkdir: self._step(changes.mkdir),
+            master_ops.Mknod: self._step(changes.mknod),
+            master_ops.Symlink: self._step(changes.symlink),
+            master_ops.Link: self._step(changes.link),
+            master_ops.Unlink: self._step(changes.unlink),
+            master_ops.Rmdir: self._step(lambda r: changes.rmdir(r) or NOTHING),
+            master_ops.Rename: self._step(changes.rename),
+            master_ops.GetXattr: self._step(xattrs.get),
+            master_ops.ListXattr: self._step(lambda r: xattrs.list(r.ino)),
+            master_ops.SetXattr: self._step(lambda r: xattrs.set(r) or NOTHING),
+            master_ops.RemoveXattr: self._step(lambda r: xattrs.remove(r) or NOTHING),
+        }
+
+    def _content_handlers(self) -> dict[type[Request[Any]], Handler]:
+        content = self._content
+        return {
+            master_ops.Create: self._step(content.create),
+            master_ops.Open: self._step(content.open),
+            master_ops.Release: self._step(lambda r: content.release(r) or NOTHING),
+            master_ops.BeginWrite: self._step(content.begin_write),
+            master_ops.CommitContent: self._step(content.commit_content),
+            master_ops.WaitPersisted: _plain(self._wait_persisted),
+            master_ops.SourceChanged: _plain(self._source_changed),
+        }
+
+    def _worker_handlers(self) -> dict[type[Request[Any]], Handler]:
+        workers = self._workers
+        return {
+            master_ops.ListWorkers: _plain(lambda r: workers.infos()),
+            master_ops.RegisterWorker: _trusted_only(workers.register),
+            master_ops.ReportBlocks: _trusted_only(workers.report_blocks),
+            master_ops.WorkerHeartbeat: _trusted_only(workers.heartbeat),
+            master_ops.WorkerCommands: _trusted_only(workers.commands),
+        }
+
+    def _step(self, function: Callable[[Any], Any]) -> Handler:
+        """A handler that runs `function(request)` as a step, on behalf of whom the peer may speak for."""
+        run = self._gate.run
+
+        def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
+            if not peer.is_trusted:
+                request = _as_peer(peer, request)
+            return run(partial(function, request))
+
+        return handle
+
+    # --- sessions ---------------------------------------------------------------------------------
+
+    def _open_session(self, req: master_ops.OpenSession) -> master_ops.SessionGrant:
+        session = self._sessions.open(req.client_name, req.hostname, req.session_id, req.open_inos)
+        return master_ops.SessionGrant(
+            session.session_id, self._sessions.lease_s, self._events.seq, self._cluster_id
+        )
+
+    def _session_heartbeat(self, req: master_ops.SessionHeartbeat) -> Nothing:
+        self._sessions.touch(req.session_id)
+        return NOTHING
+
+    def _close_session(self, req: master_ops.CloseSession) -> Nothing:
+        self._content.end_session(req.session_id)
+        return NOTHING
+
+    async def _watch(self, req: master_ops.Watch) -> master_ops.WatchAnswer:
+        session = self._sessions.touch(req.session_id)
+        session.watch_count += 1
+        try:
+            answer = await self._events.watch(req.session_id, req.after, req.wait_s)
+        finally:
+            session.watch_count -= 1
+        self._sessions.touch(req.session_id)
+        return answer
+
+    async def _sync_metadata(self, req: master_ops.SyncMetadata) -> Nothing:
+        await trio.to_thread.run_sync(self._store.sync)
+        return NOTHING
+
+    def _statfs(self, req: master_ops.StatFs) -> FsUsage:
+        """Only what is dirty occupies the tiers: the rest gives way to what is written."""
+        alive = [info for info in self._workers.infos() if info.is_alive]
+        capacity = sum(tier.capacity_bytes for info in alive for tier in info.tiers)
+        dirty = sum(info.dirty_bytes for info in alive)
+        return FsUsage(capacity, max(0, capacity - dirty), self._store.estimate("inode"))
+
+    # --- content ----------------------------------------------------------------------------------
+
+    async def _wait_persisted(self, req: master_ops.WaitPersisted) -> bool:
+        self._persister.hurry(req.ino)
+        return await self._persister.wait(req.ino, req.container, req.wait_s)
+
+    async def _source_changed(self, req: master_ops.SourceChanged) -> Any:
+        self._sessions.touch(req.session_id)
+        await self._loader.source_changed(req.ino, req.container)
+        return self._content.layout(req.ino, self._namespace.existing(req.ino))
+
+
+def _plain(function: Callable[[Any], Any]) -> Handler:
+    def handle(peer: Peer, request: Any, payload: Buffer) -> Any | Awaitable[Any]:
+        return function(request)
+
+    return handle
+
+
+def _trusted_only(function: Callable[[Any], Any]) -> Handler:
+    """What only daemons of the cluster may ask."""
+
+    def handle(peer: Peer, request: Any, payload: Buffer) -> Any | Awaitable[Any]:
+        if not peer.is_trusted:
+            raise AuthError(f"{peer.name} may not speak for a worker")
+        return function(request)
+
+    return handle
+
+
+def _as_peer(peer: Peer, request: Any) -> Any:
+    """The request on behalf of the peer itself: one that is not trusted can't claim to be anybody else."""
+    if not hasattr(request, "who"):
+        return request
+    return msgspec.structs.replace(request, who=caller_of(peer))
+
+
+def caller_of(peer: Peer) -> Caller:
+    """A peer that is not trusted, with the groups that this machine's user database gives it."""
+    if peer.uid is None:
+        return NOBODY
+    try:
+        user = pwd.getpwuid(peer.uid)
+    except KeyError:
+        return Caller(peer.uid, NOBODY.gid, [])
+    return Caller(peer.uid, user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid))
