@@ -1,6 +1,6 @@
 """Real servers for tests, started on free loopback ports and ended by pid.
 
-Import the fixture in a `conftest.py` (`from tests.servers import s3_server`) or use `SeaweedS3` as
+Import the fixture in a `conftest.py` (`from servers import s3_server`) or use `SeaweedS3` as
 a context manager. Where the server's binary is missing, `require_weed` skips with the reason, and
 fails when CI=true.
 """

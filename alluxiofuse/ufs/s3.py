@@ -16,6 +16,7 @@ The fingerprint is the ETag with the size. The mtime is the store's LastModified
 from __future__ import annotations
 
 import errno
+import re
 import stat as stat_bits
 import threading
 from collections.abc import Callable, Sequence
@@ -39,6 +40,7 @@ from alluxiofuse.ufs.s3_upload import S3Uploader
 
 _DELETE_BATCH = 1000
 _MAX_LIST = 1000
+_PLAIN_ETAG = re.compile(r"[!#-~]{1,200}")
 _NO_BATCH_CODES = {"NotImplemented", "InvalidRequest", "MethodNotAllowed", "MissingContentMD5"}
 
 
@@ -308,12 +310,13 @@ def _fingerprint(etag: str, size: int) -> bytes:
     return f"{etag.strip(chr(34))}:{size}".encode()
 
 
-def _parse(fingerprint: bytes) -> tuple[str, int]:
-    """(quoted ETag, size)."""
+def _parse(fingerprint: bytes) -> tuple[str | None, int]:
+    """(ETag for If-Match, size); None for a weak or odd ETag, which no If-Match can name: then only
+    the ETag of the answer decides."""
     etag, _, size = fingerprint.decode("utf-8", "replace").rpartition(":")
-    if not etag or not size.isdecimal():
+    if not etag or not (size.isascii() and size.isdecimal()):
         raise UfsChangedError("the fingerprint is none of this store")
-    return f'"{etag}"', int(size)
+    return f'"{etag}"' if _PLAIN_ETAG.fullmatch(etag) else None, int(size)
 
 
 def _file(path: bytes, etag: str, size: int, mtime_ns: int) -> UfsEntry:

@@ -23,6 +23,9 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     ProfileNotFound,
     SSLError,
 )
+from botocore.exceptions import (
+    ConnectionError as NoConnectionError,
+)
 
 from alluxiofuse.errors import (
     UfsChangedError,
@@ -143,7 +146,7 @@ def translate(error: Exception, options: S3Options, what: str) -> UfsError:
         return UfsPermissionError(f"{options.place}: the profile that AWS_PROFILE names does not exist")
     if isinstance(error, SSLError):
         return UfsUnavailableError(f"{options.place}: TLS failed; is its certificate trusted here?")
-    if isinstance(error, HTTPClientError):  # refused, timed out, cut off, no such host
+    if isinstance(error, NoConnectionError | HTTPClientError):  # refused, timed out, cut off, no such host
         return UfsUnavailableError(f"{options.place}: no answer ({type(error).__name__})")
     return UfsError(f"{options.place}: {what}: {type(error).__name__}")
 

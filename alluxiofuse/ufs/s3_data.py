@@ -100,6 +100,10 @@ class S3Reader:
             if _NO_ANSWER in str(error):  # after its retries: no use in trying the other way too
                 raise UfsUnavailableError(f"{self._options.place}: no answer") from None
             raise Unclear(type(error).__name__) from None
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # Rust's; no ordinary exception
+                raise
+            raise Unclear("panic") from None
         if len(data) != min(length, meta["size"] - offset):
             raise UfsUnavailableError(f"{self._options.place}: an answer was cut short")
         return data, meta["size"], meta["e_tag"] or ""

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from servers import wait_until
+from under_storage import ATTRS, Outside, UnderStorageContract, names, pattern, put
 
 import alluxiofuse.ufs.beneath as beneath
 import alluxiofuse.ufs.local as local
@@ -19,7 +21,6 @@ from alluxiofuse.errors import UfsError, UfsNotFoundError, UfsPermissionError, U
 from alluxiofuse.ufs.base import TEMP_PREFIX, UfsAttrs
 from alluxiofuse.ufs.file_copy import copy_range, segments
 from alluxiofuse.ufs.local import LocalUnderStorage
-from tests.contract.under_storage import ATTRS, Outside, UnderStorageContract, names, pattern, put
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root: mounts, or changes its user")
 
@@ -187,13 +188,11 @@ def test_change_in_the_same_tick_is_noticed(store: LocalUnderStorage, place: Pat
 def test_young_directory_has_no_fingerprint(store: LocalUnderStorage, place: Path) -> None:
     (place / "d").mkdir()
     young = store.stat(b"d").fingerprint
-    old_enough = []
+    old_enough: list[bytes] = [b""]
 
     def settled() -> bool:
-        old_enough[:] = [store.stat(b"d").fingerprint]
-        return old_enough[0] != b""
-
-    from tests.servers import wait_until
+        old_enough[0] = store.stat(b"d").fingerprint
+        return bool(old_enough[0])
 
     wait_until(settled, "the directory is old enough", 5)
     assert young in (b"", old_enough[0])
@@ -222,8 +221,7 @@ def test_holes_stay_holes(store: LocalUnderStorage, place: Path, tmp_path: Path)
 
 
 def test_copy_between_filesystems(tmp_path: Path) -> None:
-    """memfd (tmpfs) to disk: copy_file_range refuses, sendfile takes over; then from a pipe-like proc
-    file whose size is unknown nothing is stored."""
+    """memfd (tmpfs) to disk: copy_file_range refuses, sendfile takes over."""
     data = pattern((17 << 20) + 1)
     source = os.memfd_create("s")
     try:
@@ -275,7 +273,9 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     target = tmp_path / "tmpfs"
     target.mkdir()
     mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0755", "tmpfs", str(target)], capture_output=True, text=True
+        ["mount", "-t", "tmpfs", "-o", "size=1m,mode=0755", "tmpfs", str(target)],
+        capture_output=True,
+        text=True,
     )
     if mounted.returncode:
         pytest.skip(f"no mounts here: {mounted.stderr.strip()}")
