@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 import os
+from collections.abc import Callable
 
 import trio
 
@@ -93,6 +94,11 @@ class OpenFile:
         if self.is_writer and not self.is_released:
             self.is_flushed = True
             await self._content.flush(self)
+
+    async def load(self, progress: Callable[[int], None] | None = None) -> None:
+        """Bring all of the file into a worker's cache; `progress` is told bytes as they come.
+        NoSpaceError: it does not fit; UnavailableError: no worker is running."""
+        await reading.load(self, self._content, progress)
 
     async def fsync(self, is_datasync: bool = False) -> None:
         """fsync(2): data on a durable tier or in the under storage, metadata on the master's disk."""

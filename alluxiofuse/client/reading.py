@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import errno
 import logging
-from typing import TYPE_CHECKING
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
 import trio
@@ -32,7 +33,9 @@ if TYPE_CHECKING:
     from alluxiofuse.client.open_file import OpenFile
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
+LOAD_BYTES = 32 << 20
 _RETRY_S = 0.1
 _MAX_STALE = 5
 """Times that an answer may be out of date before it is an error."""
@@ -99,12 +102,20 @@ class _Attempts:
         self._stale_count = 0
 
     async def read(self, offset: int, size: int) -> Buffer:
+        return await self._until_it_works(self._read_from, offset, size)
+
+    async def load(self, offset: int, length: int) -> None:
+        await self._until_it_works(self._load_at, offset, length)
+
+    async def _until_it_works(
+        self, attempt: Callable[[int, Layout, int, int], Awaitable[T]], offset: int, length: int
+    ) -> T:
         """Ends: every error either excludes a worker, counts, or waits below the deadline."""
         while True:
             layout = self._content.layout
             worker_id = self._core.workers.pick(layout, self._excluded)
             try:
-                return await self._read_from(worker_id, layout, offset, size)
+                return await attempt(worker_id, layout, offset, length)
             except UfsChangedError:
                 await self._source_changed(layout)
             except StaleError as exc:
@@ -179,6 +190,19 @@ class _Attempts:
                     raise ConnectionLost("the worker's lock ended")
                 return data
         return await self._read_remote(connection, layout, offset, length)
+
+    async def _load_at(self, worker_id: int, layout: Layout, offset: int, length: int) -> None:
+        """Through a lock, with or without a descriptor."""
+        if layout.home or layout.source is None or not layout.container:
+            return
+        if not worker_id:
+            raise UnavailableError("no worker is running: there is no cache to load into")
+        connection = await self._core.workers.connection(worker_id)
+        slab = await self._slab(worker_id, connection, layout)
+        if slab is None:
+            raise NoSpaceError("no tier of the worker has room for the file")
+        if not slab.has(offset, length):
+            slab.learn(await slab.connection.call(worker_ops.Fetch(slab.lock_id, offset, length)))
 
     async def _slab(self, worker_id: int, connection: Connection, layout: Layout) -> Slab | None:
         content = self._content
@@ -268,3 +292,18 @@ class _Attempts:
         )
         connection = await self._core.workers.connection(worker_id)
         return await self._read_remote(connection, base, offset, length)
+
+
+async def load(file: OpenFile, content: Content, progress: Callable[[int], None] | None) -> None:
+    """Make all of the content present at a worker. Nothing to do for what is being written, or is
+    only there. NoSpaceError when it does not fit, UnavailableError when no worker is running."""
+    if content.is_stale:
+        await content.refresh()
+    attempts = _Attempts(file, content)
+    offset = 0
+    while content.writing is None and offset < content.layout.size:
+        length = min(LOAD_BYTES, content.layout.size - offset)
+        await attempts.load(offset, length)
+        offset += length
+        if progress is not None:
+            progress(length)
