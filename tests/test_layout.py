@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -62,6 +63,7 @@ def part_of(module: str) -> str:
     return part if part in LAYERS else module
 
 
+@cache
 def imports(module: str, file: Path) -> set[str]:
     """Full names of the modules that a file imports, also inside functions and TYPE_CHECKING."""
     found: set[str] = set()

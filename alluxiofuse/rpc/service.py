@@ -22,7 +22,7 @@ _log = logging.getLogger(__name__)
 @dataclass(frozen=True, slots=True)
 class Op:
     name: str
-    decoder: msgspec.msgpack.Decoder[Any]
+    decoder: codec.Decoder[Any]
     handler: Handler
 
 

@@ -15,6 +15,7 @@ from alluxiofuse.errors import BadRequestError
 
 T = TypeVar("T")
 Raw = msgspec.Raw
+Decoder = msgspec.msgpack.Decoder
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}

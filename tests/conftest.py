@@ -1,0 +1,104 @@
+"""Fixtures that all tests share, and the rule that no test leaves anything running or mounted."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from daemons import Cluster, LocalDaemon, Site
+from servers import s3_server as s3_server
+
+MARK = f"AF_TEST_RUN={uuid.uuid4()}"
+"""In the environment of every process that this run starts, daemonised ones too."""
+os.environ[MARK.partition("=")[0]] = MARK.partition("=")[2]
+
+
+def fuse_mounts() -> set[tuple[str, str]]:
+    """(mount id, mount point) of the FUSE mounts on this machine."""
+    lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
+    return {(line.split(" ")[0], line.split(" ")[4]) for line in lines if " - fuse" in line}
+
+
+def processes_of_this_run() -> dict[int, str]:
+    """pid -> command line, of living processes that this run started."""
+    found = {}
+    for entry in os.scandir("/proc"):
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            if MARK.encode() in Path(entry.path, "environ").read_bytes():
+                command = Path(entry.path, "cmdline").read_bytes().replace(b"\0", b" ")
+                found[int(entry.name)] = os.fsdecode(command)
+        except OSError:
+            continue  # ended meanwhile, or not ours to look at
+    return found
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a test that leaves a FUSE mount or a process, and clears both away. What longer-lived
+    fixtures started before the test does not count."""
+    mounts, processes = fuse_mounts(), processes_of_this_run()
+    yield
+    left = [f"mount {place}" for number, place in fuse_mounts() - mounts if _unmount(place)]
+    for pid, command in processes_of_this_run().items():
+        if pid not in processes:
+            left.append(f"process {pid}: {command}")
+            os.kill(pid, signal.SIGKILL)
+    if left:
+        pytest.fail(f"{request.node.name} left behind:\n" + "\n".join(left))
+
+
+def _unmount(place: str) -> bool:
+    path = place.encode("utf-8", "surrogateescape").decode("unicode_escape")
+    subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
+    return True
+
+
+def _end(sites: list[Site]) -> None:
+    wrong = [text for site in reversed(sites) for text in site.close()]
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.fixture
+def local_daemon() -> Iterator[Callable[..., LocalDaemon]]:
+    """A factory of running `alluxiofuse local` processes; its arguments are those of LocalDaemon."""
+    sites: list[Site] = []
+
+    def start(*arguments: object, **options: object) -> LocalDaemon:
+        site = LocalDaemon(*arguments, **options)  # type: ignore[arg-type]
+        sites.append(site)
+        return site.start()
+
+    yield start
+    _end(sites)
+
+
+@pytest.fixture
+def cluster() -> Iterator[Callable[..., Cluster]]:
+    """A factory of running clusters; its arguments are those of Cluster."""
+    sites: list[Site] = []
+
+    def start(*arguments: object, **options: object) -> Cluster:
+        site = Cluster(*arguments, **options)  # type: ignore[arg-type]
+        sites.append(site)
+        return site.start()
+
+    yield start
+    _end(sites)
+
+
+@pytest.fixture(scope="module")
+def shared_local() -> Iterator[LocalDaemon]:
+    """One running `alluxiofuse local` on a directory for all tests of a module: each works in a
+    directory of its own."""
+    site = LocalDaemon()
+    try:
+        yield site.start()
+    finally:
+        _end([site])
