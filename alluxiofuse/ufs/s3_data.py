@@ -5,7 +5,9 @@ reports too vaguely (why something was refused) is left to the caller, see `Uncl
 
 from __future__ import annotations
 
+import os
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import obstore
@@ -18,6 +20,7 @@ from alluxiofuse.ufs.s3_options import S3Options
 
 if TYPE_CHECKING:
     from obstore import GetOptions
+    from obstore.store import ClientConfig
 
 _REQUEST_LIMIT_S = 600
 """A whole answer with its body; `read_timeout` is what notices a silent server."""
@@ -33,12 +36,23 @@ class Unclear(Exception):
     """The fast path failed in a way that the control path should judge; nothing was returned."""
 
 
+def _certificates() -> ClientConfig:
+    """The private authorities that the AWS tools trust."""
+    path = os.environ.get("AWS_CA_BUNDLE")
+    try:
+        return {"root_certificate": Path(path).read_bytes()} if path else {}
+    except OSError:
+        return {}  # the control path complains about it
+
+
 class S3Reader:
     """Threads may share it."""
 
     def __init__(self, options: S3Options, client: S3Client) -> None:
         self._options = options
         self._client = client
+        self._has_worked = False
+        """Some answer has come. Only ever turned on."""
         keys: dict[str, Any] = {}
         if options.anonymous:
             keys["skip_signature"] = True
@@ -56,6 +70,7 @@ class S3Reader:
             region=client.region,
             virtual_hosted_style_request=not options.path_style,
             client_options={
+                **_certificates(),
                 "allow_http": True,
                 "connect_timeout": timedelta(seconds=CONNECT_TIMEOUT_S),
                 "read_timeout": timedelta(seconds=options.timeout_s),
@@ -97,13 +112,16 @@ class S3Reader:
         except PreconditionError:
             raise UfsChangedError(f"{self._options.place}: the object was changed outside") from None
         except (BaseError, OSError, ValueError) as error:  # it maps to FileNotFoundError, ValueError, ...
-            if _NO_ANSWER in str(error):  # after its retries: no use in trying the other way too
+            # After its retries there is no use in trying the other way too, unless this way has never
+            # worked: its TLS and proxy settings are not all the same as the control path's.
+            if self._has_worked and _NO_ANSWER in str(error):
                 raise UfsUnavailableError(f"{self._options.place}: no answer") from None
             raise Unclear(type(error).__name__) from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # Rust's; no ordinary exception
                 raise
             raise Unclear("panic") from None
+        self._has_worked = True
         if len(data) != min(length, meta["size"] - offset):
             raise UfsUnavailableError(f"{self._options.place}: an answer was cut short")
         return data, meta["size"], meta["e_tag"] or ""

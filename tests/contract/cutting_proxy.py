@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 
@@ -11,7 +12,9 @@ class CuttingProxy:
     """Relays 127.0.0.1:`port` to a server. `cut_after`: close both ends once so many bytes of one
     connection's answers were relayed (None: never). `damage`: applied to each chunk towards the server."""
 
-    def __init__(self, target: tuple[str, int]) -> None:
+    def __init__(self, target: tuple[str, int], tls: ssl.SSLContext | None = None) -> None:
+        """With `tls` it speaks TLS to its clients, plainly to the server."""
+        self._tls = tls
         self._target = target
         self.cut_after: int | None = None
         self.damage: Callable[[bytes], bytes] = lambda chunk: chunk
@@ -40,6 +43,11 @@ class CuttingProxy:
                 near, _ = self._listener.accept()
             except OSError:
                 return
+            if self._tls is not None:
+                try:
+                    near = self._tls.wrap_socket(near, server_side=True)
+                except OSError:
+                    continue  # the client did not like the certificate
             far = socket.create_connection(self._target)
             self._open |= {near, far}
             self._start(self._relay, near, far, True)

@@ -6,10 +6,14 @@ from __future__ import annotations
 import dataclasses
 import errno
 import itertools
+import shutil
 import socket
+import ssl
+import subprocess
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -486,3 +490,50 @@ def test_server_goes_and_comes_back() -> None:
         assert names(store) == [b"f"]
         assert open_fds() <= before + 2
         store.close()
+
+
+def _certificates(tool: str, place: Path) -> tuple[str, str, str]:
+    """Files: (a private authority, a certificate it signed for 127.0.0.1, its key)."""
+    (place / "extensions").write_text("subjectAltName=IP:127.0.0.1\n")
+
+    def run(command: str) -> None:
+        subprocess.run([tool, *command.split()], check=True, capture_output=True, cwd=place)
+
+    run("req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=authority -keyout ca.key -out ca")
+    run("req -newkey rsa:2048 -nodes -subj /CN=server -keyout key -out request")
+    run("x509 -req -in request -CA ca -CAkey ca.key -days 2 -extfile extensions -out certificate")
+    return str(place / "ca"), str(place / "certificate"), str(place / "key")
+
+
+def test_tls_with_a_private_authority(
+    server: SeaweedS3, options: S3Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tool = shutil.which("openssl")
+    if tool is None:
+        pytest.skip("no openssl to make a certificate with")
+    authority, certificate, key = _certificates(tool, tmp_path)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    address = urlsplit(server.endpoint)
+    proxy = CuttingProxy((str(address.hostname), int(address.port or 0)), context)
+    changed = dataclasses.replace(options, endpoint=f"https://127.0.0.1:{proxy.port}", timeout_s=5.0)
+    try:
+        monkeypatch.delenv("AWS_CA_BUNDLE", raising=False)
+        distrustful = S3UnderStorage(changed)
+        for call in (distrustful.check, lambda: distrustful.read(b"f", 0, 1)):
+            with pytest.raises(UfsUnavailableError, match="certificate"):
+                call()
+        distrustful.close()
+        monkeypatch.setenv("AWS_CA_BUNDLE", authority)
+        store = S3UnderStorage(changed)
+        data = pattern(11 * MIB)
+        made = put(store, b"big", data)
+        assert bytes(store.read(b"big", 0, 11 * MIB, made.fingerprint)) == data
+        assert store._reader.read(options.prefix + "big", 0, 10, None)[0] == data[:10]
+        proxy.damage = lambda chunk: chunk.replace(b"Z" * 1000, b"z" * 1000)
+        with pytest.raises(UfsError):
+            put(store, b"small", b"Z" * 5000)
+        proxy.damage = lambda chunk: chunk
+        store.close()
+    finally:
+        proxy.close()
