@@ -15,7 +15,7 @@ import trio
 
 from alluxiofuse.client.core import Core
 from alluxiofuse.client.slabs import Slab
-from alluxiofuse.client.writing import Writing
+from alluxiofuse.client.writing import SealedMeanwhile, Writing
 from alluxiofuse.errors import AlluxioFuseError, NoSpaceError, StaleError
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
@@ -124,7 +124,7 @@ class Content:
     async def _begin(self, reserve_bytes: int) -> Writing:
         """Under the lock: assigned by the master and begun at the worker."""
         writing = self.writing
-        if writing is not None and writing.result is not None:
+        if writing is not None and writing.is_over:
             await self._commit_end(writing)  # An earlier commit failed.
             writing = None
         if writing is None:
@@ -224,7 +224,16 @@ class Content:
 
     async def truncate(self, size: int) -> None:
         """To `size`, whatever is open."""
+        while True:
+            try:
+                return await self._truncate(size)
+            except SealedMeanwhile:
+                continue
+
+    async def _truncate(self, size: int) -> None:
         async with self.lock:
+            if self.writing is not None and self.writing.is_over:
+                await self._commit_end(self.writing)
             if size == 0 and self.writing is None:
                 is_joining = self.layout.home != 0
                 await self.assign(is_truncating=True)
@@ -267,7 +276,12 @@ class Content:
         writing = self.writing
         if writing is None:
             await self._sync_sealed()
-        elif await writing.sync():
+            return
+        try:
+            is_durable = await writing.sync()
+        except SealedMeanwhile:
+            is_durable = False
+        if is_durable:
             await self.commit()
         else:
             await self.seal()

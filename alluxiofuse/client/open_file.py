@@ -11,6 +11,7 @@ import trio
 
 from alluxiofuse.client import reading
 from alluxiofuse.client.content import Content
+from alluxiofuse.client.writing import SealedMeanwhile
 from alluxiofuse.errors import AlluxioFuseError, FsError
 from alluxiofuse.rpc.base import Buffer
 from alluxiofuse.wire import master_ops as ops
@@ -76,10 +77,14 @@ class OpenFile:
             raise FsError(errno.EBADF)
         self.is_flushed = False
         content = self._content
-        writing = content.writing
-        if writing is None or not writing.takes_writes:
-            writing = await content.begun(len(data))
-        return await writing.write(offset, data, is_append=self.is_append)
+        while True:
+            writing = content.writing
+            if writing is None or not writing.takes_writes:
+                writing = await content.begun(len(data))
+            try:
+                return await writing.write(offset, data, is_append=self.is_append)
+            except SealedMeanwhile:
+                continue
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2); growing makes a hole."""

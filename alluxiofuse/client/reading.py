@@ -14,6 +14,7 @@ import xxhash
 
 from alluxiofuse.client.content import Content
 from alluxiofuse.client.slabs import Slab
+from alluxiofuse.client.writing import SealedMeanwhile
 from alluxiofuse.errors import (
     AlluxioFuseError,
     ChecksumError,
@@ -49,7 +50,7 @@ async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buff
     if size <= 0:
         return b""
     if content.writing is not None:
-        return await _read_own(content, offset, size)
+        return await _read_own(file, content, offset, size)
     if content.is_stale:
         await content.refresh()
     layout, slab = content.layout, content.slab
@@ -71,22 +72,26 @@ async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buff
     return await _Attempts(file, content).read(offset, size)
 
 
-async def _read_own(content: Content, offset: int, size: int) -> Buffer:
+async def _read_own(file: OpenFile, content: Content, offset: int, size: int) -> Buffer:
     """What this client itself is writing."""
-    while (writing := content.writing) is not None:
-        if writing.slab is None:
-            if writing.is_empty:
-                return b""
-            writing = await content.begun(0)
-        slab = writing.slab
+    writing = content.writing
+    assert writing is not None
+    if writing.is_over:
+        await content.seal()
+        return await read(file, content, offset, size)
+    if writing.slab is None:
+        if writing.is_empty:
+            return b""
+        await content.begun(0)
+        return await read(file, content, offset, size)
+    try:
         data = await writing.read(offset, size)
-        if slab is not None and not slab.is_good and content.writing is not writing:
-            continue
-        if len(data) < size and data and slab is not None and slab.fd < 0 and len(data) == MAX_IO_BYTES:
-            rest = await _read_own(content, offset + len(data), size - len(data))
-            return b"".join((data, rest))
-        return data
-    return b""
+    except SealedMeanwhile:
+        return await read(file, content, offset, size)
+    if 0 < len(data) < size and len(data) == MAX_IO_BYTES:  # Most that a remote worker gives at once.
+        rest = await read(file, content, offset + len(data), size - len(data))
+        return b"".join((data, rest))
+    return data
 
 
 class _Attempts:

@@ -28,6 +28,7 @@ from alluxiofuse.errors import (
     ConnectionLost,
     FsError,
     NoSpaceError,
+    StaleError,
     UnavailableError,
 )
 from alluxiofuse.ids import MAX_FILE_BYTES, PAGE_BYTES
@@ -46,6 +47,11 @@ MAX_DIRTY_PAGES = 1 << 20
 """Pages that the bitmap tells apart; beyond (1 TiB) all count as changed."""
 _RETRY_S = 0.1
 _WHOLE = Presence(is_complete=True, pages=b"")
+
+
+class SealedMeanwhile(StaleError):
+    """The worker sealed the container by itself while we were away: `result` is set; commit it and
+    begin anew. Never leaves the client."""
 
 
 class Writing:
@@ -84,6 +90,11 @@ class Writing:
     @property
     def takes_writes(self) -> bool:
         return self.slab is not None and not self.is_ending
+
+    @property
+    def is_over(self) -> bool:
+        """Ended at the worker, and the master does not know yet."""
+        return self.result is not None
 
     @property
     def is_durable(self) -> bool:
@@ -172,7 +183,12 @@ class Writing:
             slab = self.slab
             if slab is not None and slab.is_good:
                 return slab
-            await self.begin(0)
+            try:
+                await self.begin(0)
+            except StaleError as exc:
+                self.is_ending = True
+                self.result = WriteEnd(self.size, self.mtime_ns, True)
+                raise SealedMeanwhile(exc.message) from None
             log.info("writing of container %d goes on after its worker was away", self.container)
             assert self.slab is not None
             return self.slab
@@ -202,12 +218,19 @@ class Writing:
             if self.slab is None:
                 self.result = WriteEnd(0, self.mtime_ns, True)
             else:
-                dirty = None if self._dirty is None else bytes(self._dirty)
-                self.result = await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty))
+                self.result = await self._end_at_worker()
                 self._size = self.result.size
             return self.result
         finally:
             self.is_ending = self.result is not None
+
+    async def _end_at_worker(self) -> WriteEnd:
+        dirty = None if self._dirty is None else bytes(self._dirty)
+        try:
+            return await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty))
+        except SealedMeanwhile:
+            assert self.result is not None
+            return self.result
 
     def close(self) -> Slab | None:
         """Leave it: the slab, if its lock holds and it may be read by descriptor, else None."""
