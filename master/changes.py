@@ -30,6 +30,7 @@ from alluxiofuse.wire.master_ops import (
     Unlink,
     Unlinked,
 )
+from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import EVENT_ATTR, EVENT_ENTRY, Attr, Caller, Event
 
 _NODE_TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
@@ -177,7 +178,7 @@ class Changes:
         self._namespace.require_writable(parent_record)
         return self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
 
-    def rmdir(self, req: Rmdir) -> None:
+    def rmdir(self, req: Rmdir) -> Nothing:
         tx = self._store.transaction()
         parent_record = self._tree.directory(tx, req.parent)
         ino, record = self._place(tx, req.who, req.parent, parent_record, req.name)
@@ -188,6 +189,7 @@ class Changes:
         self._require_unmounted(parent_record, record)
         self._require_empty(tx, ino, record)
         self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
+        return NOTHING
 
     def _detach(
         self,

@@ -25,6 +25,7 @@ from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import OPEN
 from alluxiofuse.wire.master_ops import BeginWrite, CommitContent, Create, Created, Open, Opened, Release
+from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import EVENT_DATA, Attr, Event, Layout, OrphanSeal, UfsSource
 
 
@@ -150,10 +151,11 @@ class Content:
         self._changes.finish_insert(tx, req.session_id, req.parent, req.name)
         return Created(self._namespace.attr(ino, record), self.layout(ino, record), True)
 
-    def release(self, req: Release) -> None:
+    def release(self, req: Release) -> Nothing:
         for ino in req.inos:
             if self._sessions.release(req.session_id, ino):
                 self._tree.released(ino)
+        return NOTHING
 
     # --- writing ----------------------------------------------------------------------------------
 

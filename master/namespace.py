@@ -19,6 +19,7 @@ from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import Tree
 from alluxiofuse.wire.master_ops import DirPage, Unlinked
+from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
 
 MAX_SYMLINKS = 40
@@ -144,11 +145,12 @@ class Namespace:
                 entries.append(DirEntry(name, attr(child, child_record)))
         return DirPage(entries, True)
 
-    def access(self, who: Caller, ino: int, mask: int) -> None:
+    def access(self, who: Caller, ino: int, mask: int) -> Nothing:
         record = self.existing(ino)
         require(who, record, mask)
         if mask & 2 and not stat.S_ISCHR(record.mode) and not stat.S_ISBLK(record.mode):
             self.require_writable(record)
+        return NOTHING
 
     def readlink(self, ino: int) -> bytes:
         record = self.existing(ino)

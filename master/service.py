@@ -108,19 +108,19 @@ class MasterService(Service):
             master_ops.GetAttr: self._step(lambda r: names.getattr(r.ino)),
             master_ops.ReadDir: self._step(lambda r: names.readdir(r.who, r.ino, r.after, r.limit)),
             master_ops.ReadLink: self._step(lambda r: names.readlink(r.ino)),
-            master_ops.Access: self._step(lambda r: names.access(r.who, r.ino, r.mask) or NOTHING),
+            master_ops.Access: self._step(lambda r: names.access(r.who, r.ino, r.mask)),
             master_ops.SetAttr: self._step(changes.setattr),
             master_ops.Mkdir: self._step(changes.mkdir),
             master_ops.Mknod: self._step(changes.mknod),
             master_ops.Symlink: self._step(changes.symlink),
             master_ops.Link: self._step(changes.link),
             master_ops.Unlink: self._step(changes.unlink),
-            master_ops.Rmdir: self._step(lambda r: changes.rmdir(r) or NOTHING),
+            master_ops.Rmdir: self._step(changes.rmdir),
             master_ops.Rename: self._step(changes.rename),
             master_ops.GetXattr: self._step(xattrs.get),
             master_ops.ListXattr: self._step(lambda r: xattrs.list(r.ino)),
-            master_ops.SetXattr: self._step(lambda r: xattrs.set(r) or NOTHING),
-            master_ops.RemoveXattr: self._step(lambda r: xattrs.remove(r) or NOTHING),
+            master_ops.SetXattr: self._step(xattrs.set),
+            master_ops.RemoveXattr: self._step(xattrs.remove),
         }
 
     def _content_handlers(self) -> dict[type[Request[Any]], Handler]:
@@ -128,7 +128,7 @@ class MasterService(Service):
         return {
             master_ops.Create: self._step(content.create),
             master_ops.Open: self._step(content.open),
-            master_ops.Release: self._step(lambda r: content.release(r) or NOTHING),
+            master_ops.Release: self._step(content.release),
             master_ops.BeginWrite: self._step(content.begin_write),
             master_ops.CommitContent: self._step(content.commit_content),
             master_ops.WaitPersisted: _plain(self._wait_persisted),

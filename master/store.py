@@ -48,6 +48,8 @@ class Store:
         self.directory = directory
         self._reserved: dict[bytes, tuple[int, int]] = {}
         self.commit_count = 0
+        self.on_commit: list[Callable[[], None]] = []
+        """Called after every commit, while it is in the log of the operating system only."""
         _prepare(directory)
         options = _options()
         try:
@@ -127,6 +129,8 @@ class Store:
         """Every change of the master's state passes here, atomically."""
         self._db.write(batch)
         self.commit_count += 1
+        for callback in self.on_commit:
+            callback()
 
     def sync(self) -> None:
         """fsync of the write-ahead log; blocks for a disk write: call it in a thread. Thread-safe."""

@@ -12,6 +12,7 @@ from alluxiofuse.master.permissions import READ, WRITE, is_checked, owns, requir
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Transaction, u64
 from alluxiofuse.wire.master_ops import GetXattr, RemoveXattr, SetXattr
+from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import EVENT_ATTR, Caller, Event
 
 XATTR_CREATE = 1
@@ -38,7 +39,7 @@ class Xattrs:
         self._namespace.existing(ino)
         return [name for name, _ in self._store.scan("xattr", u64(ino))]
 
-    def set(self, req: SetXattr) -> None:
+    def set(self, req: SetXattr) -> Nothing:
         tx, record = self._begin(req.who, req.ino, req.name)
         key = u64(req.ino) + req.name
         is_there = tx.get("xattr", key) is not None
@@ -51,15 +52,15 @@ class Xattrs:
             if used + len(req.name) + 1 > MAX_LIST_BYTES:
                 raise FsError(errno.ENOSPC)
         tx.put("xattr", key, req.value)
-        self._finish(tx, req.session_id, req.ino, record)
+        return self._finish(tx, req.session_id, req.ino, record)
 
-    def remove(self, req: RemoveXattr) -> None:
+    def remove(self, req: RemoveXattr) -> Nothing:
         tx, record = self._begin(req.who, req.ino, req.name)
         key = u64(req.ino) + req.name
         if tx.get("xattr", key) is None:
             raise FsError(errno.ENODATA)
         tx.delete("xattr", key)
-        self._finish(tx, req.session_id, req.ino, record)
+        return self._finish(tx, req.session_id, req.ino, record)
 
     def _begin(self, who: Caller, ino: int, name: bytes) -> tuple[Transaction, InodeRecord]:
         tx = self._store.transaction()
@@ -68,11 +69,12 @@ class Xattrs:
         _check_namespace(who, record, name, for_write=True)
         return tx, record
 
-    def _finish(self, tx: Transaction, session_id: int, ino: int, record: InodeRecord) -> None:
+    def _finish(self, tx: Transaction, session_id: int, ino: int, record: InodeRecord) -> Nothing:
         record.ctime_ns = self._namespace.clock.now_ns()
         tx.put_inode(ino, record)
         tx.commit()
         self._events.publish(session_id, Event(EVENT_ATTR, ino))
+        return NOTHING
 
 
 def _check_namespace(who: Caller, record: InodeRecord, name: bytes, for_write: bool) -> None:

@@ -1,0 +1,215 @@
+"""Homes, containers and seals, with workers that only talk to the registry."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+import trio
+from namespace_world import KERNEL, World
+from test_sessions import run
+
+from alluxiofuse.errors import FsError, StaleError, UnavailableError
+from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.wire.master_ops import (
+    BeginWrite,
+    CommitContent,
+    Create,
+    Created,
+    Open,
+    ReportBlocks,
+    SetAttr,
+    Unlink,
+    WorkerCommands,
+)
+from alluxiofuse.wire.types import BlockReport, FreeCommand, OrphanSeal
+
+
+def create(world: World, session: int, name: bytes, home: int, exclusive: bool = True) -> Created:
+    return world.content.create(Create(KERNEL, session, ROOT_INO, name, 0o644, exclusive, home))
+
+
+def seal(world: World, session: int, ino: int, container: int, size: int = 3, mtime_ns: int = 5) -> None:
+    world.content.commit_content(CommitContent(session, ino, container, size, mtime_ns, True))
+    world.validate()
+
+
+async def freed(world: World, worker: tuple[int, int]) -> set[int]:
+    """Containers that the worker is told to drop."""
+    found: set[int] = set()
+    for command in await world.workers.commands(WorkerCommands(*worker, 0)):
+        if isinstance(command, FreeCommand):
+            found |= set(command.containers)
+    return found
+
+
+def test_create_write_seal_write_again(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        ino, first = made.attr.ino, made.layout.container
+        assert (made.is_new, made.layout.home, made.layout.base_container) == (True, worker[0], 0)
+        world.validate()
+        seal(world, session, ino, first, 3)
+        opened = world.content.open(Open(KERNEL, session, ino, True))
+        assert (opened.attr.size, opened.attr.home, opened.layout.container) == (3, 0, first)
+        assert opened.layout.workers == [worker[0]], "known before its block report"
+        again = world.content.begin_write(BeginWrite(session, ino, worker[0], False))
+        assert again.container != first
+        assert (again.base_container, again.base_size, again.size) == (first, 3, 3)
+        world.validate()
+        seal(world, session, ino, again.container, 7)
+        assert await freed(world, worker) == {first}
+        assert world.namespace.getattr(ino).size == 7
+
+    run(tmp_path, test)
+
+
+def test_truncating_starts_empty_and_keeps_the_base_until_the_seal(tmp_path: Path) -> None:
+    async def test(world: World) -> World:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        seal(world, session, made.attr.ino, made.layout.container)
+        layout = world.content.begin_write(BeginWrite(session, made.attr.ino, worker[0], True))
+        assert (layout.size, layout.base_container, layout.source) == (0, 0, None)
+        assert world.namespace.getattr(made.attr.ino).size == 0
+        world.validate()
+        # The home comes back without ever having heard of the new container: nothing was lost.
+        world = world.reopen(close_stale_sessions=True)
+        old = BlockReport(made.layout.container, b"\x01", True)
+        world.worker(reports=ReportBlocks(0, 0, [old], True))
+        attr = world.namespace.getattr(made.attr.ino)
+        assert (attr.size, attr.home, attr.container) == (3, 0, made.layout.container)
+        world.validate()
+        return world
+
+    run(tmp_path, test)
+
+
+def test_a_second_writer_joins_at_the_home_in_force(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        one, two = world.worker("worker-1"), world.worker("worker-2")
+        a, b = world.session(), world.session()
+        made = create(world, a, b"f", one[0])
+        joined = world.content.begin_write(BeginWrite(b, made.attr.ino, two[0], False))
+        assert (joined.home, joined.container) == (one[0], made.layout.container)
+        assert create(world, b, b"f", two[0], exclusive=False).is_new is False
+        with pytest.raises(FsError) as caught:
+            create(world, b, b"f", two[0])
+        assert caught.value.errno == errno.EEXIST
+
+    run(tmp_path, test)
+
+
+def test_dirty_content_can_only_go_on_where_it_is(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        one, two = world.worker("worker-1"), world.worker("worker-2")
+        session = world.session()
+        made = create(world, session, b"f", one[0])
+        seal(world, session, made.attr.ino, made.layout.container)
+        await trio.sleep(world.workers._config.worker_timeout_s + 1)
+        two = world.worker("worker-2")
+        session = world.session()
+        with pytest.raises(UnavailableError):
+            world.content.begin_write(BeginWrite(session, made.attr.ino, two[0], False))
+        # What is thrown away anyway can begin anew elsewhere.
+        layout = world.content.begin_write(BeginWrite(session, made.attr.ino, two[0], True))
+        assert layout.home == two[0]
+        world.validate()
+
+    run(tmp_path, test)
+
+
+def test_without_a_worker_nothing_is_created(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        session = world.session()
+        with pytest.raises(UnavailableError, match="start one"):
+            create(world, session, b"f", 1)
+        assert world.store.child(ROOT_INO, b"f") is None
+        assert create(world, session, b"f", 0).layout.container == 0
+
+    run(tmp_path, test)
+
+
+def test_a_commit_of_replaced_content_is_stale(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        ino = made.attr.ino
+        seal(world, session, ino, made.layout.container)
+        world.content.begin_write(BeginWrite(session, ino, worker[0], True))
+        with pytest.raises(StaleError):
+            seal(world, session, ino, made.layout.container)
+        world.changes.unlink(Unlink(KERNEL, session, ROOT_INO, b"f"))
+        attr = world.namespace.getattr(ino)
+        seal(world, session, ino, attr.container)
+        assert world.namespace.getattr(ino).nlink == 0
+
+    run(tmp_path, test)
+
+
+def test_an_orphan_seal_counts_like_the_writers_own_and_only_once(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        world.content.orphan_sealed(OrphanSeal(container, 11, 1), worker[0])
+        assert world.namespace.getattr(ino).size == 11
+        world.content.orphan_sealed(OrphanSeal(container, 12, 1), worker[0])
+        seal(world, session, ino, container, 11)
+        assert world.namespace.getattr(ino).size == 11
+        world.content.orphan_sealed(OrphanSeal(999, 1, 1), worker[0])
+        assert await freed(world, worker) == {999}
+        world.validate()
+
+    run(tmp_path, test)
+
+
+def test_times_set_while_writing_are_kept(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        world.changes.setattr(SetAttr(KERNEL, session, ino, mtime_ns=12345))
+        seal(world, session, ino, container, 3, mtime_ns=world.clock.now_ns() - 10**9)
+        assert world.namespace.getattr(ino).mtime_ns == 12345
+        layout = world.content.begin_write(BeginWrite(session, ino, worker[0], False))
+        later = world.clock.now_ns()
+        seal(world, session, ino, layout.container, 3, mtime_ns=later)
+        assert world.namespace.getattr(ino).mtime_ns == later
+
+    run(tmp_path, test)
+
+
+def test_a_writer_that_vanished_before_it_began_at_the_worker(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        await trio.sleep(world.sessions.lease_s + 1)  # else it could be of the life before
+        world.content.end_session(session)
+        world.content.sweep()
+        assert world.namespace.getattr(made.attr.ino).home == worker[0]
+        await trio.sleep(world.sessions.lease_s + 1)
+        world.content.sweep()
+        attr = world.namespace.getattr(made.attr.ino)
+        assert (attr.home, attr.container, attr.size) == (0, 0, 0)
+        world.validate()
+
+    run(tmp_path, test)
+
+
+def test_removing_frees_the_container_everywhere(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        seal(world, session, made.attr.ino, made.layout.container)
+        world.sessions.release(session, made.attr.ino)
+        gone = world.changes.unlink(Unlink(KERNEL, session, ROOT_INO, b"f"))
+        assert (gone.nlink, gone.container) == (0, made.layout.container)
+        assert await freed(world, worker) == {made.layout.container}
+        with pytest.raises(StaleError):
+            world.content.open(Open(KERNEL, session, made.attr.ino, False))
+        world.validate()
+
+    run(tmp_path, test)
