@@ -102,3 +102,15 @@ def shared_local() -> Iterator[LocalDaemon]:
         yield site.start()
     finally:
         _end([site])
+
+
+@pytest.fixture
+def here(shared_local: LocalDaemon, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """An empty directory on the module's mount, removed afterwards through the mount."""
+    name = "".join(char if char.isalnum() else "_" for char in request.node.name)[:80]
+    path = shared_local.mount / name
+    path.mkdir()
+    yield path
+    if shared_local.daemon.is_running:
+        subprocess.run(["rm", "-rf", "--", str(path)], check=True, capture_output=True, timeout=120)
+        assert not path.exists()
