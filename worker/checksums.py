@@ -1,0 +1,163 @@
+"""Page checksums and the blocking work on slab files. No state; called in threads or inline.
+
+A page's checksum is the xxh3-64 of its bytes: PAGE_BYTES of them, fewer in the last page of a
+container. A full page of zeros (`ZERO_PAGE`) is never allocated: it is a hole of the slab, present
+and costing nothing, so that sparse files stay sparse.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+
+import xxhash
+
+from alluxiofuse.ids import PAGE_BYTES, page_count, page_length, runs
+
+ZERO_PAGE = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
+"""Checksum of a full page of zeros."""
+
+_WIRE_MASK = (1 << 63) - 1
+_PUNCH = 0x02 | 0x01  # FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, linux/falloc.h
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+Buffer = bytes | bytearray | memoryview
+
+
+def checksum(data: Buffer) -> int:
+    return xxhash.xxh3_64_intdigest(data)
+
+
+def wire_checksum(data: Buffer) -> int:
+    """The low 63 bits of the xxh3-64, as `worker_ops.ReadResult` carries it."""
+    return xxhash.xxh3_64_intdigest(data) & _WIRE_MASK
+
+
+def punch_hole(fd: int, offset: int, length: int) -> None:
+    """Give the blocks of [offset, offset + length) back; reads as zeros then. OSError."""
+    while _libc.fallocate(fd, _PUNCH, offset, length) != 0:
+        code = ctypes.get_errno()
+        if code != errno.EINTR:
+            raise OSError(code, os.strerror(code))
+
+
+def bits(mask: int) -> Iterator[int]:
+    """Numbers of the set bits, ascending."""
+    while mask:
+        low = mask & -mask
+        yield low.bit_length() - 1
+        mask ^= low
+
+
+def mask_runs(mask: int) -> Iterator[tuple[int, int]]:
+    """(first, count) of each run of set bits; quick for a few long runs."""
+    at = 0
+    while mask:
+        skip = (mask & -mask).bit_length() - 1
+        mask >>= skip
+        at += skip
+        count = (~mask & (mask + 1)).bit_length() - 1
+        yield at, count
+        mask >>= count
+        at += count
+
+
+def pwrite_all(fd: int, data: Buffer, offset: int) -> None:
+    """All of `data`; OSError (a short write goes on until the reason for it shows)."""
+    done = os.pwrite(fd, data, offset)
+    if done < len(data):
+        view = memoryview(data)
+        while done < len(view):
+            done += os.pwrite(fd, view[done:], offset + done)
+
+
+def store_pages(fd: int, first: int, data: Buffer) -> list[int]:
+    """Write `data`, which starts at page `first`, to the slab, leaving out pages of zeros; the
+    checksum of each page."""
+    view = memoryview(data).cast("B")
+    count = page_count(len(view))
+    sums = [checksum(view[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i in range(count)]
+    for at, number in runs([i for i in range(count) if sums[i] != ZERO_PAGE]):
+        pwrite_all(fd, view[at * PAGE_BYTES : (at + number) * PAGE_BYTES], (first + at) * PAGE_BYTES)
+    return sums
+
+
+def page_checksums(fd: int, pages: Iterator[int] | list[int] | range, size: int) -> dict[int, int]:
+    """Checksums of pages as they are in the slab of a container of `size` bytes. A file that is too
+    short gives a checksum of what is there, which then does not match."""
+    buffer = bytearray(PAGE_BYTES)
+    found = {}
+    with memoryview(buffer) as view:
+        for page in pages:
+            length = page_length(page, size)
+            got = os.preadv(fd, [view[:length]], page * PAGE_BYTES)
+            found[page] = checksum(view[:got])
+    return found
+
+
+def data_pages(fd: int, size: int) -> int:
+    """Mask of the pages that have any allocated data (SEEK_DATA). Moves the descriptor's offset."""
+    mask = 0
+    at = 0
+    while at < size:
+        try:
+            start = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as exc:
+            if exc.errno == errno.ENXIO:
+                break
+            raise
+        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
+        if start >= size:
+            break
+        first, last = start // PAGE_BYTES, (end - 1) // PAGE_BYTES
+        mask |= ((1 << (last - first + 1)) - 1) << first
+        at = (last + 1) * PAGE_BYTES
+    return mask
+
+
+def sealed_checksums(path: str, pages: int, size: int) -> dict[int, int]:
+    """Checksums of the pages of mask `pages` of a slab that was written, holes told apart cheaply;
+    full pages of zeros are made holes (the mtime stays). Blocks for the reading of the data."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        times = os.fstat(fd)
+        full = (1 << (size // PAGE_BYTES)) - 1
+        holes = pages & full & ~data_pages(fd, size)
+        found = page_checksums(fd, bits(pages & ~holes), size)
+        zeros = holes
+        for page, value in found.items():
+            if value == ZERO_PAGE:
+                zeros |= 1 << page
+        for first, count in mask_runs(zeros):
+            punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
+        if zeros:
+            os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+        found.update(dict.fromkeys(bits(holes), ZERO_PAGE))
+        return found
+    finally:
+        os.close(fd)
+
+
+def copy_pages(source: str, target: str, pages: int, size: int, sync: bool) -> None:
+    """A new file `target` of `size` bytes with the given pages of `source` and holes elsewhere.
+    `target` is removed again on failure."""
+    read_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        write_fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            os.ftruncate(write_fd, size)
+            for page in bits(pages):
+                offset = page * PAGE_BYTES
+                pwrite_all(write_fd, os.pread(read_fd, page_length(page, size), offset), offset)
+            if sync:
+                os.fdatasync(write_fd)
+        except BaseException:
+            os.unlink(target)
+            raise
+        finally:
+            os.close(write_fd)
+    finally:
+        os.close(read_fd)

@@ -1,0 +1,60 @@
+"""Open descriptors of slabs: a bounded cache, least recently used closed first.
+
+Who hands a descriptor to another thread, or to the transport beyond a handler's return, dups it.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+
+from alluxiofuse.worker.layout import slab_path
+from alluxiofuse.worker.slab import Slab
+
+DEFAULT_LIMIT = 512
+
+
+class Descriptors:
+    """At most `limit` slabs have descriptors open here (up to two each)."""
+
+    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+        self._limit = limit
+        self._open: OrderedDict[Slab, list[int]] = OrderedDict()
+
+    def for_reading(self, slab: Slab) -> int:
+        """A read-only descriptor, valid until the caller's next await. OSError."""
+        return self._get(slab, 0, os.O_RDONLY)
+
+    def for_writing(self, slab: Slab) -> int:
+        """A read-write descriptor, valid until the caller's next await. OSError."""
+        return self._get(slab, 1, os.O_RDWR)
+
+    def adopt(self, slab: Slab, fd: int) -> None:
+        """`fd` is the read-write descriptor of a new slab; closed here later."""
+        self._open[slab] = [-1, fd]
+        self._trim()
+
+    def forget(self, slab: Slab) -> None:
+        """Close those of a slab (its file was replaced or removed)."""
+        for fd in self._open.pop(slab, ()):
+            if fd >= 0:
+                os.close(fd)
+
+    def close(self) -> None:
+        while self._open:
+            self.forget(next(iter(self._open)))
+
+    def _get(self, slab: Slab, kind: int, flags: int) -> int:
+        pair = self._open.get(slab)
+        if pair is None:
+            pair = self._open[slab] = [-1, -1]
+            self._trim()
+        else:
+            self._open.move_to_end(slab)
+        if pair[kind] < 0:
+            pair[kind] = os.open(slab_path(slab.directory.root, slab.container), flags | os.O_CLOEXEC)
+        return pair[kind]
+
+    def _trim(self) -> None:
+        while len(self._open) > self._limit:
+            self.forget(next(iter(self._open)))

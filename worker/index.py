@@ -1,0 +1,274 @@
+"""The worker's index: RocksDB, what of each slab may be trusted after a restart.
+
+Keys (integers 8 bytes big-endian):
+
+b"c" + container           -> SlabRecord
+b"p" + container + chunk   -> checksums of the pages chunk * 64 .. chunk * 64 + 63 of a container of
+                              more than one page: present bitmap (8 bytes, little-endian), then
+                              64 checksums of 8 bytes; the bitmap alone when all present pages are
+                              pages of zeros. A container of one page has its checksum in the record.
+b"m" + name                -> b"format", b"uuid", b"next_directory"
+b"d" + directory id        -> path of the tier directory when it was claimed
+
+A batch of fetched pages is written after their bytes are in the slab; when it is lost, the pages
+are fetched again. Records of states DIRTY and WRITING are written before the answer to the client:
+in the write-ahead log of the operating system, which survives a kill of this process.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import msgspec
+from rocksdict import Options, Rdict, WriteBatch
+
+from alluxiofuse.errors import BadRequestError, StateError, UserError
+from alluxiofuse.wire.codec import decode, encode
+from alluxiofuse.worker.checksums import ZERO_PAGE, bits
+
+FORMAT = 1
+CHUNK_PAGES = 64
+_CHUNK = struct.Struct("<Q64Q")
+_FULL = (1 << CHUNK_PAGES) - 1
+
+
+class SlabRecord(msgspec.Struct, array_like=True, gc=False):
+    """What survives of a slab."""
+
+    size: int
+    """Of the content; while WRITING the file itself is the truth."""
+    directory: int
+    """Directory id."""
+    state: int
+    """slabs.CLEAN, DIRTY or WRITING."""
+    accessed_s: int
+    """Wall clock of the last index write, for the order of eviction after a restart."""
+    is_present: bool = False
+    """Of the only page of a container of at most one page."""
+    checksum: int = 0
+    """Of that page."""
+    was: int = 0
+    """Container id under which the slab's file may still be named: a crash between this record and
+    the renaming of the file. 0: none."""
+
+
+def u64(value: int) -> bytes:
+    return value.to_bytes(8, "big")
+
+
+def _options() -> Options:
+    options = Options(raw_mode=True)
+    options.create_if_missing(True)
+    options.set_write_buffer_size(8 << 20)
+    options.set_max_write_buffer_number(2)
+    options.set_keep_log_file_num(2)
+    options.set_max_total_wal_size(32 << 20)
+    return options
+
+
+class Batch:
+    """Changes that happen together. Made by `Index.batch`, applied by `Index.commit`."""
+
+    def __init__(self, index: Index) -> None:
+        self._index = index
+        self.raw = WriteBatch(raw_mode=True)
+
+    def put(self, container: int, record: SlabRecord) -> None:
+        self.raw.put(b"c" + u64(container), encode(record))
+
+    def delete(self, container: int, page_count: int) -> None:
+        self.raw.delete(b"c" + u64(container))
+        self.delete_chunks(container, 0, page_count)
+
+    def delete_chunks(self, container: int, first_page: int, page_count: int) -> None:
+        """Chunks that start at or beyond `first_page`, of a container that had `page_count` pages."""
+        if page_count <= 1:
+            return
+        start = -(-first_page // CHUNK_PAGES)
+        for chunk in range(start, -(-page_count // CHUNK_PAGES)):
+            self.raw.delete(b"p" + u64(container) + u64(chunk))
+
+    def put_pages(self, container: int, sums: dict[int, int]) -> None:
+        """Pages became present (or changed), at most once per page and batch."""
+        for chunk, pages in _by_chunk(sums):
+            present, values = self._index.chunk(container, chunk)
+            for page in pages:
+                present |= 1 << (page % CHUNK_PAGES)
+                values[page % CHUNK_PAGES] = sums[page]
+            self.put_chunk(container, chunk, present, values)
+
+    def remove_pages(self, container: int, mask: int) -> None:
+        """Pages are no longer present."""
+        for chunk, pages in _by_chunk(dict.fromkeys(bits(mask), 0)):
+            present, values = self._index.chunk(container, chunk)
+            for page in pages:
+                present &= ~(1 << (page % CHUNK_PAGES))
+            self.put_chunk(container, chunk, present, values)
+
+    def put_chunk(self, container: int, chunk: int, present: int, values: list[int]) -> None:
+        key = b"p" + u64(container) + u64(chunk)
+        if not present:
+            self.raw.delete(key)
+        elif all(values[i] == ZERO_PAGE for i in bits(present)):
+            self.raw.put(key, present.to_bytes(8, "little"))
+        else:
+            self.raw.put(key, _CHUNK.pack(present, *values))
+
+    def move_chunks(self, old: int, new: int, page_count: int) -> None:
+        if page_count > 1:
+            for chunk in range(-(-page_count // CHUNK_PAGES)):
+                value = self._index.get(b"p" + u64(old) + u64(chunk))
+                if value is not None:
+                    self.raw.put(b"p" + u64(new) + u64(chunk), value)
+        self.delete(old, page_count)
+
+
+class Index:
+    """An open index. Calls are quick enough to be made inline, except `sync`."""
+
+    def __init__(self, directory: Path) -> None:
+        """Opens or creates it. UserError when another process has it, StateError when it is not one."""
+        self.directory = directory
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            names = os.listdir(directory)
+        except OSError as exc:
+            raise StateError(f"{directory} can't be used for state: {exc.strerror}") from None
+        if names and "CURRENT" not in names:
+            raise StateError(f"{directory} holds other files and no index: name an empty state directory")
+        try:
+            self._db = Rdict(str(directory), options=_options())
+        except Exception as exc:  # rocksdict raises bare Exception
+            if "lock" in str(exc).lower():
+                raise UserError(
+                    f"{directory} is in use by another process: stop it or name another state directory"
+                ) from None
+            raise StateError(f"{directory} can't be opened as a worker's index: {exc}") from None
+        found = self.get(b"mformat")
+        if found is not None and int.from_bytes(found, "big") > FORMAT:
+            self.close()
+            raise StateError(f"{directory} was written by a newer version of this program")
+
+    # --- identity ---------------------------------------------------------------------------------
+
+    @property
+    def worker_uuid(self) -> str:
+        """Made at first use, then always the same."""
+        found = self.get(b"muuid")
+        if found is None:
+            found = uuid.uuid4().hex.encode()
+            batch = WriteBatch(raw_mode=True)
+            batch.put(b"muuid", found)
+            batch.put(b"mformat", u64(FORMAT))
+            self._db.write(batch)
+        return found.decode()
+
+    def directories(self) -> dict[int, str]:
+        """Directory id -> path, of all that were ever claimed and not forgotten."""
+        return {
+            int.from_bytes(key, "big"): value.decode("utf-8", "surrogateescape")
+            for key, value in self._scan(b"d")
+        }
+
+    def new_directory(self, path: str) -> int:
+        """A directory id never used before, remembered with its path."""
+        number = int.from_bytes(self.get(b"mnext_directory") or b"\1", "big")
+        batch = WriteBatch(raw_mode=True)
+        batch.put(b"mnext_directory", u64(number + 1))
+        batch.put(b"d" + u64(number), path.encode("utf-8", "surrogateescape"))
+        self._db.write(batch)
+        return number
+
+    def forget_directory(self, directory_id: int) -> None:
+        self._db.delete(b"d" + u64(directory_id))
+
+    # --- slabs ------------------------------------------------------------------------------------
+
+    def get(self, key: bytes) -> bytes | None:
+        value: bytes | None = self._db.get(key)
+        return value
+
+    def record(self, container: int) -> SlabRecord | None:
+        value = self.get(b"c" + u64(container))
+        return None if value is None else decode(value, SlabRecord)
+
+    def records(self) -> Iterator[tuple[int, SlabRecord]]:
+        for key, value in self._scan(b"c"):
+            try:
+                yield int.from_bytes(key, "big"), decode(value, SlabRecord)
+            except BadRequestError as exc:
+                raise StateError(f"{self.directory}: a record can't be read: {exc.message}") from None
+
+    def chunk(self, container: int, chunk: int) -> tuple[int, list[int]]:
+        """(present bitmap, 64 checksums) of a chunk; a new list."""
+        value = self.get(b"p" + u64(container) + u64(chunk))
+        if value is None:
+            return 0, [0] * CHUNK_PAGES
+        if len(value) == 8:
+            return int.from_bytes(value, "little"), [ZERO_PAGE] * CHUNK_PAGES
+        if len(value) != _CHUNK.size:
+            raise StateError(f"{self.directory}: a page table can't be read")
+        present, *values = _CHUNK.unpack(value)
+        return present, values
+
+    def presence(self, container: int) -> tuple[int, int]:
+        """Masks of a container of several pages: (present, those of zeros)."""
+        present = zeros = 0
+        for key, value in self._scan(b"p" + u64(container)):
+            shift = int.from_bytes(key, "big") * CHUNK_PAGES
+            found, values = self.chunk(container, shift // CHUNK_PAGES)
+            present |= found << shift
+            if len(value) == 8:
+                zeros |= found << shift
+            elif ZERO_PAGE in values:
+                zeros |= sum(1 << (shift + i) for i in bits(found) if values[i] == ZERO_PAGE)
+        return present, zeros
+
+    def checksums(self, container: int, pages: Iterable[int]) -> dict[int, int]:
+        """Of the pages of a container of several pages that are present in the index."""
+        found = {}
+        for chunk, numbers in _by_chunk(dict.fromkeys(pages, 0)):
+            present, values = self.chunk(container, chunk)
+            for page in numbers:
+                if present >> (page % CHUNK_PAGES) & 1:
+                    found[page] = values[page % CHUNK_PAGES]
+        return found
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def batch(self) -> Batch:
+        return Batch(self)
+
+    def put(self, container: int, record: SlabRecord) -> None:
+        self._db.put(b"c" + u64(container), encode(record))
+
+    def commit(self, batch: Batch) -> None:
+        self._db.write(batch.raw)
+
+    def sync(self) -> None:
+        """fsync of the write-ahead log; blocks. Thread-safe."""
+        self._db.flush_wal(True)
+
+    def close(self) -> None:
+        self._db.close()
+
+    def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        iterator = self._db.iter()
+        iterator.seek(prefix)
+        while iterator.valid():
+            key = iterator.key()
+            if not key.startswith(prefix):
+                return
+            yield key[len(prefix) :], iterator.value()
+            iterator.next()
+
+
+def _by_chunk(pages: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
+    grouped: dict[int, list[int]] = {}
+    for page in pages:
+        grouped.setdefault(page // CHUNK_PAGES, []).append(page)
+    yield from grouped.items()

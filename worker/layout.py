@@ -1,0 +1,125 @@
+"""What a worker keeps on disk, where, and how it sees that a directory is its own.
+
+    <state_dir>/index/                      RocksDB, see `index`
+    <tier directory>/alluxiofuse.json       marker: format, worker uuid, directory id
+    <tier directory>/slabs/<2 hex>/<16 hex> one sparse file per container, named by its id, below the
+                                            two last digits of it; bytes at their natural offsets
+    <tier directory>/slabs/<2 hex>/<16 hex>.part   a slab being moved here; removed at start
+
+The marker is locked (flock) while a worker runs. A directory id is given once and never reused, so
+that an index record of a directory that was emptied (a MEM tier after a reboot) can't be mistaken
+for one of its successor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from alluxiofuse.errors import StateError, UserError
+from alluxiofuse.units import format_size
+
+FORMAT = 1
+MARKER = "alluxiofuse.json"
+_SLAB_NAME = re.compile(r"[0-9a-f]{16}")
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    worker_uuid: str
+    directory_id: int
+
+
+def slab_path(root: str, container: int) -> str:
+    """Where the slab of `container` lies below the tier directory `root`."""
+    return f"{root}/slabs/{container & 0xFF:02x}/{container:016x}"
+
+
+def read_marker(root: Path) -> Marker | None:
+    """The marker of a tier directory; None when it has none and holds no slabs. Changes nothing.
+    UserError when it is no directory, or holds what is not ours."""
+    try:
+        raw = (root / MARKER).read_bytes()
+    except FileNotFoundError:
+        if (root / "slabs").exists():
+            raise UserError(f"{root} holds a folder `slabs` that is not of a worker: name another") from None
+        return None
+    except OSError as exc:
+        raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
+    try:
+        found = json.loads(raw)
+        marker = Marker(str(found["worker_uuid"]), int(found["directory_id"]))
+        version = int(found["format"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{root / MARKER} is not readable: empty the directory or name another") from None
+    if version > FORMAT:
+        raise UserError(f"{root} was written by a newer version of this program")
+    return marker
+
+
+def check_quota(root: Path, quota_bytes: int) -> None:
+    """UserError when the filesystem that holds (or would hold) `root` is smaller than the quota."""
+    there = root
+    while not there.exists() and there != there.parent:
+        there = there.parent
+    try:
+        stat = os.statvfs(there)
+    except OSError as exc:
+        raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
+    total = stat.f_blocks * stat.f_frsize
+    if quota_bytes > total:
+        raise UserError(
+            f"the quota of {root}, {format_size(quota_bytes)}, is larger than its filesystem,"
+            f" {format_size(total)}: lower it"
+        )
+    if quota_bytes <= 0:
+        raise UserError(f"the quota of {root} must be more than 0")
+
+
+def claim(root: Path, marker: Marker) -> int:
+    """Make the directory with its 256 folders, write the marker where there is none, and lock it;
+    the descriptor that holds the lock. UserError when another process has it."""
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        fd = os.open(root / MARKER, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as exc:
+        raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(fd)
+        raise UserError(
+            f"{root} is in use by another worker: stop it or name another tier directory"
+        ) from None
+    try:
+        if os.fstat(fd).st_size == 0:
+            text = {"format": FORMAT, "worker_uuid": marker.worker_uuid, "directory_id": marker.directory_id}
+            os.pwrite(fd, json.dumps(text).encode(), 0)
+            os.fsync(fd)
+        for number in range(256):
+            (root / "slabs" / f"{number:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as exc:
+        os.close(fd)
+        raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
+    return fd
+
+
+def stored_slabs(root: Path) -> Iterator[int]:
+    """Container ids of all slabs in a tier directory. Files of other names (half moved slabs) are
+    removed on the way."""
+    for number in range(256):
+        folder = root / "slabs" / f"{number:02x}"
+        try:
+            entries = list(os.scandir(folder))
+        except OSError as exc:
+            raise StateError(f"{folder} can't be read: {exc.strerror}") from None
+        for entry in entries:
+            if _SLAB_NAME.fullmatch(entry.name) and int(entry.name[14:], 16) == number:
+                yield int(entry.name, 16)
+            elif entry.is_file(follow_symlinks=False):
+                os.unlink(entry.path)

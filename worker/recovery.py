@@ -1,0 +1,180 @@
+"""What happens before a worker serves: its directories are checked and claimed, its index read.
+
+Checks come first and change nothing: a directory of somebody else, a quota that is too large, a
+directory named twice are UserErrors before anything is written.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from alluxiofuse.config import WorkerConfig
+from alluxiofuse.errors import UserError
+from alluxiofuse.ids import PAGE_BYTES, page_count
+from alluxiofuse.worker import layout
+from alluxiofuse.worker.checksums import ZERO_PAGE
+from alluxiofuse.worker.index import Index, SlabRecord
+from alluxiofuse.worker.layout import Marker, slab_path
+from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab, round_up
+from alluxiofuse.worker.slabs import Slabs
+from alluxiofuse.worker.tiers import Directory, Tiers
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Opened:
+    """An index and the claimed directories."""
+
+    index: Index
+    tiers: Tiers
+    lock_fds: list[int]
+    """Each holds the lock of a directory's marker."""
+
+    def close(self) -> None:
+        """Idempotent."""
+        while self.lock_fds:
+            os.close(self.lock_fds.pop())
+        self.index.close()
+
+
+def open_storage(config: WorkerConfig) -> Opened:
+    """UserError (nothing changed), StateError."""
+    roots = _checked_roots(config)
+    index_path = Path(config.state_dir).absolute() / "index"
+    markers = {root: layout.read_marker(root) for root in roots}
+    if not (index_path / "CURRENT").exists():
+        _refuse_foreign(markers, None)
+    index = Index(index_path)
+    lock_fds: list[int] = []
+    try:
+        _refuse_foreign(markers, index.worker_uuid)
+        directories = []
+        for tier, tier_config in enumerate(config.tiers):
+            for wanted in tier_config.directories:
+                root = Path(wanted.path).absolute()
+                marker = markers[root] or _new_marker(index, root, is_durable=tier_config.is_durable)
+                lock_fds.append(layout.claim(root, marker))
+                directories.append(
+                    Directory(
+                        str(root), marker.directory_id, wanted.quota_bytes, tier, tier_config.is_durable
+                    )
+                )
+        return Opened(index, Tiers([tier.alias for tier in config.tiers], directories), lock_fds)
+    except BaseException:
+        Opened(index, Tiers([], []), lock_fds).close()
+        raise
+
+
+def _checked_roots(config: WorkerConfig) -> list[Path]:
+    if not config.state_dir:
+        raise UserError("a worker needs a state directory")
+    roots: list[Path] = []
+    for tier in config.tiers:
+        for directory in tier.directories:
+            root = Path(directory.path).absolute()
+            layout.check_quota(root, directory.quota_bytes)
+            if any(root.resolve() == other.resolve() for other in roots):
+                raise UserError(f"tier directory {root} is named twice")
+            roots.append(root)
+    if not roots:
+        raise UserError("a worker needs at least one tier with a directory: --tier ALIAS:DIR:QUOTA")
+    return roots
+
+
+def _refuse_foreign(markers: dict[Path, Marker | None], worker_uuid: str | None) -> None:
+    for root, marker in markers.items():
+        if marker is not None and marker.worker_uuid != worker_uuid:
+            raise UserError(
+                f"{root} belongs to a worker with another state directory: name that one, or empty"
+                f" {root} (what was written to it and not persisted is lost then)"
+            )
+
+
+def _new_marker(index: Index, root: Path, *, is_durable: bool) -> Marker:
+    """Of a directory that has none: it is new, or was emptied. What a MEM tier held is gone then. The
+    dirty records of a durable one are kept under its old id: its disk may just not be mounted."""
+    for old, path in index.directories().items():
+        if path == str(root) and not is_durable:
+            for container, record in list(index.records()):
+                if record.directory == old:
+                    if record.state != CLEAN:
+                        log.error("container %x was lost: %s was emptied", container, root)
+                    _forget(index, container, record)
+            index.forget_directory(old)
+    return Marker(index.worker_uuid, index.new_directory(str(root)))
+
+
+def _forget(index: Index, container: int, record: SlabRecord) -> None:
+    batch = index.batch()
+    batch.delete(container, page_count(record.size))
+    index.commit(batch)
+
+
+def load(slabs: Slabs) -> None:
+    """Fill an empty table from the index and the files. Blocks for the listing of the slab folders.
+
+    Records of directories that are not configured now stay in the index when they are dirty, and
+    are dropped when clean. Slabs that were open for writing get a writer's lock of session 0, which
+    `leases` lets expire unless the session comes back."""
+    index, counters = slabs.index, slabs.counters
+    by_id = {directory.directory_id: directory for directory in slabs.tiers.directories}
+    files = {
+        directory.directory_id: set(layout.stored_slabs(Path(directory.root)))
+        for directory in slabs.tiers.directories
+    }
+    loaded: list[tuple[int, Slab]] = []
+    for container, record in list(index.records()):
+        directory = by_id.get(record.directory)
+        if directory is None:
+            counters["records_elsewhere"] += 1
+            if record.state == CLEAN:
+                _forget(index, container, record)
+            continue
+        there = files[record.directory]
+        if container not in there and record.was in there and index.record(record.was) is None:
+            os.rename(slab_path(directory.root, record.was), slab_path(directory.root, container))
+            there.discard(record.was)
+            there.add(container)
+        if container not in there:
+            counters["lost_dirty_slabs" if record.state != CLEAN else "lost_clean_slabs"] += 1
+            log.log(
+                logging.WARNING if record.state == CLEAN else logging.ERROR,
+                "the slab of container %x is missing in %s",
+                container,
+                directory.root,
+            )
+            _forget(index, container, record)
+            continue
+        there.discard(container)
+        loaded.append((record.accessed_s, _slab(index, container, record, directory)))
+    for directory_id, left in files.items():
+        for container in left:
+            os.unlink(slab_path(by_id[directory_id].root, container))
+            counters["removed_unknown_slabs"] += 1
+    loaded.sort(key=lambda item: item[0])
+    for _, slab in loaded:
+        slabs.adopt(slab)
+
+
+def _slab(index: Index, container: int, record: SlabRecord, directory: Directory) -> Slab:
+    slab = Slab(container, record.size, directory, record.state)
+    slab.checksum = record.checksum
+    if slab.page_count <= 1:
+        slab.present = slab.all_pages if record.is_present else 0
+        slab.zeros = int(record.size == PAGE_BYTES and record.checksum == ZERO_PAGE) & slab.present
+    else:
+        slab.present, slab.zeros = index.presence(container)
+        slab.present &= slab.all_pages
+        slab.zeros &= slab.present
+    if record.state == WRITING:
+        found = os.stat(slab_path(directory.root, container))
+        slab.granted_end = found.st_size
+        slab.reserved = round_up(max(found.st_blocks * 512, 0))
+        slab.dirty_pages = -1
+    elif record.state == DIRTY and slab.present != slab.all_pages:
+        log.error("dirty container %x: pages are missing from the index", container)
+    return slab

@@ -1,0 +1,250 @@
+"""The worker's side of the conversation with the master: registration, heartbeats, commands.
+
+The master never dials: what it wants rides on the answer to a long poll. While it can't be reached
+the worker goes on serving what it has; changes are collected (once per container) meanwhile.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+import trio
+
+from alluxiofuse import __version__
+from alluxiofuse.errors import AlluxioFuseError, PeerError, SessionExpiredError
+from alluxiofuse.rpc.base import Connection
+from alluxiofuse.wire.master_ops import (
+    PersistDone,
+    RegisterWorker,
+    ReportBlocks,
+    WorkerCommands,
+    WorkerHeartbeat,
+)
+from alluxiofuse.wire.types import (
+    CancelPersistCommand,
+    CleanCommand,
+    Command,
+    FreeCommand,
+    PersistCommand,
+    WorkerAddress,
+)
+from alluxiofuse.worker.slabs import Slabs
+from alluxiofuse.worker.uploads import Outcome, Uploads
+
+log = logging.getLogger(__name__)
+
+MIN_BACKOFF_S = 0.1
+MAX_BACKOFF_S = 5.0
+POLL_S = 30.0
+REPORTS_PER_CALL = 5000
+MAX_PERSIST_TASKS = 256
+"""Persist commands accepted at once; no more commands are polled for while there are so many."""
+
+
+@dataclass
+class Identity:
+    """Who this worker is; `address.worker_id` and `epoch` are the master's to give."""
+
+    worker_uuid: str
+    address: WorkerAddress
+    epoch: int = 0
+
+
+class Reporter:
+    """Owned by the worker; `run` is its only task."""
+
+    def __init__(
+        self,
+        master: Connection,
+        slabs: Slabs,
+        identity: Identity,
+        uploads: Uploads,
+    ) -> None:
+        self._master = master
+        self._slabs = slabs
+        self._identity = identity
+        self._uploads = uploads
+        self._heartbeat_s = 1.0
+        self._registered = trio.Event()
+        """Set while registered; replaced when the registration ends."""
+        self._persisting = trio.CapacityLimiter(MAX_PERSIST_TASKS)
+        self._nursery: trio.Nursery | None = None
+
+    async def wait_registered(self) -> None:
+        """Until the master has this worker's full report."""
+        while not self._registered.is_set():
+            await self._registered.wait()
+
+    async def run(self) -> None:
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            backoff_s = MIN_BACKOFF_S
+            while True:
+                try:
+                    await self._register()
+                    backoff_s = MIN_BACKOFF_S
+                    self._registered.set()
+                    await self._converse()
+                except SessionExpiredError:
+                    self._slabs.counters["registrations_expired"] += 1
+                except AlluxioFuseError as exc:
+                    level = logging.INFO if isinstance(exc, PeerError) else logging.WARNING
+                    log.log(level, "the master can't be reached: %s", exc.message)
+                if self._registered.is_set():
+                    self._registered = trio.Event()
+                await trio.sleep(backoff_s)
+                backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+
+    # --- registration -----------------------------------------------------------------------------
+
+    async def _register(self) -> None:
+        me = self._identity
+        granted = await self._master.call(
+            RegisterWorker(me.worker_uuid, me.address, self._slabs.tiers.report(), __version__)
+        )
+        me.address.worker_id, me.epoch = granted.worker_id, granted.epoch
+        self._heartbeat_s = max(0.01, granted.heartbeat_s)
+        self._slabs.changed.clear()
+        containers = list(self._slabs.by_container)
+        for at in range(0, max(1, len(containers)), REPORTS_PER_CALL):
+            part = containers[at : at + REPORTS_PER_CALL]
+            reports = [self._slabs.report(container) for container in part]
+            is_last = at + REPORTS_PER_CALL >= len(containers)
+            accepted = await self._master.call(ReportBlocks(me.address.worker_id, me.epoch, reports, is_last))
+            self._free(accepted.unknown, keep_dirty=False)
+            self._clean(accepted.clean)
+
+    # --- while registered -------------------------------------------------------------------------
+
+    async def _converse(self) -> None:
+        """Heartbeats and commands until one of them fails; raises what failed."""
+        failures: list[AlluxioFuseError] = []
+
+        async def guarded(task: Callable[[], Awaitable[None]]) -> None:
+            try:
+                await task()
+            except AlluxioFuseError as exc:
+                failures.append(exc)
+                nursery.cancel_scope.cancel()
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(guarded, self._heartbeats)
+            nursery.start_soon(guarded, self._commands)
+        raise failures[0]
+
+    async def _heartbeats(self) -> None:
+        while True:
+            await self._beat()
+            await trio.sleep(self._heartbeat_s)
+
+    async def _beat(self) -> None:
+        slabs, me = self._slabs, self._identity
+        self._refit()
+        taken = slabs.take_changed(REPORTS_PER_CALL)
+        seals = list(slabs.orphans.values())[:REPORTS_PER_CALL]
+        is_heard = False
+        try:
+            await self._master.call(
+                WorkerHeartbeat(
+                    me.address.worker_id,
+                    me.epoch,
+                    slabs.tiers.report(),
+                    [slabs.report(container) for container in taken],
+                    seals,
+                    max(0, slabs.dirty_bytes),
+                )
+            )
+            is_heard = True
+        finally:
+            if not is_heard:
+                slabs.put_back(taken)
+        for seal in seals:
+            if slabs.orphans.get(seal.container) is seal:
+                del slabs.orphans[seal.container]
+
+    def _refit(self) -> None:
+        """Directories whose filesystem was full may have room again."""
+        for directory in self._slabs.tiers.directories:
+            if directory.limit_bytes < directory.quota_bytes:
+                try:
+                    stat = os.statvfs(directory.root)
+                except OSError:
+                    continue
+                if directory.refit(stat.f_bavail * stat.f_frsize):
+                    self._slabs.room_changed()
+
+    async def _commands(self) -> None:
+        me = self._identity
+        while True:
+            for command in await self._master.call(WorkerCommands(me.address.worker_id, me.epoch, POLL_S)):
+                await self._execute(command)
+
+    async def _execute(self, command: Command) -> None:
+        """In order; uploads go on beside."""
+        if isinstance(command, FreeCommand):
+            self._free(command.containers, keep_dirty=command.keep_dirty)
+        elif isinstance(command, CleanCommand):
+            self._clean(command.containers)
+        elif isinstance(command, CancelPersistCommand):
+            self._uploads.cancel(command.task_id)
+        elif self._nursery is not None:
+            token = object()
+            await self._persisting.acquire_on_behalf_of(token)
+            self._nursery.start_soon(self._run_persist, command, token)
+
+    async def _run_persist(self, command: PersistCommand, token: object) -> None:
+        try:
+            outcome = await self._uploads.persist(command)
+            if outcome is not None:
+                await self._deliver(command, outcome)
+        finally:
+            self._persisting.release_on_behalf_of(token)
+
+    def _free(self, containers: list[int], *, keep_dirty: bool) -> None:
+        for container in containers:
+            slab = self._slabs.get(container)
+            if slab is None:
+                self._slabs.changed[container] = None
+                continue
+            if slab.upload is not None and not keep_dirty:
+                slab.upload.is_cancelled = True
+            if not self._slabs.free(slab, keep_dirty=keep_dirty):
+                self._slabs.changed[container] = None
+
+    def _clean(self, containers: list[int]) -> None:
+        for container in containers:
+            slab = self._slabs.get(container)
+            if slab is not None:
+                self._slabs.mark_clean(slab)
+
+    # --- outcomes of uploads ----------------------------------------------------------------------
+
+    async def _deliver(self, command: PersistCommand, outcome: Outcome) -> None:
+        """Delivers it, however long that takes. Cancelled: it is not delivered, and the master will
+        ask again."""
+        me = self._identity
+        backoff_s = MIN_BACKOFF_S
+        while True:
+            await self.wait_registered()
+            request = PersistDone(
+                me.address.worker_id,
+                me.epoch,
+                command.task_id,
+                command.container,
+                command.size,
+                outcome.fingerprint,
+                outcome.error_code,
+                outcome.error_message,
+            )
+            try:
+                await self._master.call(request)
+                return
+            except PeerError:
+                await trio.sleep(backoff_s)
+                backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
+            except AlluxioFuseError as exc:
+                log.warning("the master does not take the outcome of an upload: %s", exc.message)
+                return

@@ -1,0 +1,203 @@
+"""One slab and its locks, as plain values; `slabs.Slabs` is the only one that changes them.
+
+Sets of pages are ints used as bitmaps (bit i is page i): presence of a 1 GiB file is 128 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from alluxiofuse.ids import DEFAULT_BLOCK_BYTES, PAGE_BYTES, page_count, page_length
+from alluxiofuse.wire.types import BlockReport, UfsSource
+from alluxiofuse.wire.worker_ops import Presence
+
+if TYPE_CHECKING:
+    from alluxiofuse.worker.fetcher import Job
+    from alluxiofuse.worker.readahead import ReadAhead
+    from alluxiofuse.worker.tiers import Directory
+    from alluxiofuse.worker.uploads import Upload
+
+CLEAN: Final = 0
+"""Every present page can be had from the under storage again: may be evicted."""
+DIRTY: Final = 1
+"""Sealed, and in no under storage yet: never dropped, except by a Free that says so."""
+WRITING: Final = 2
+"""Open for writing: the file is the truth about size and bytes, all pages count as present."""
+
+BLOCK_PAGES = DEFAULT_BLOCK_BYTES // PAGE_BYTES
+MAX_SLAB_BYTES = (16 << 40) - PAGE_BYTES
+"""Largest slab (ext4's largest file is 16 TiB - 4 KiB); larger files are read through."""
+MAX_LISTED_PAGES = 1 << 27
+"""Most pages a Presence can list."""
+
+FREE_NO, FREE_CLEAN, FREE_ALL = 0, 1, 2
+
+_FULL_BLOCK = (1 << BLOCK_PAGES) - 1
+
+
+def round_up(size: int) -> int:
+    """To whole filesystem blocks of 4 KiB."""
+    return (size + 4095) & ~4095
+
+
+def span(first: int, count: int) -> int:
+    """Mask of `count` pages from `first` on."""
+    return ((1 << count) - 1) << first
+
+
+class Slab:
+    """What is known of one container's slab."""
+
+    __slots__ = (
+        "accessed_s",
+        "charged",
+        "checksum",
+        "container",
+        "directory",
+        "dirty_pages",
+        "evictable",
+        "free_mode",
+        "granted_end",
+        "inflight",
+        "is_gone",
+        "is_moving",
+        "jobs",
+        "locks",
+        "pins",
+        "present",
+        "reserved",
+        "size",
+        "source",
+        "state",
+        "upload",
+        "verified",
+        "write_end",
+        "writers",
+        "writes",
+        "zeros",
+    )
+
+    def __init__(self, container: int, size: int, directory: Directory, state: int = CLEAN) -> None:
+        self.container = container
+        self.size = size
+        """Of the content; while WRITING as it was when the writing began (the file knows better)."""
+        self.directory = directory
+        self.state = state
+        self.present = 0
+        """Pages in the slab."""
+        self.zeros = 0
+        """Present pages that are full pages of zeros: holes that cost nothing."""
+        self.verified = 0
+        """Present pages whose checksum was compared (or computed) in this process."""
+        self.checksum = 0
+        """Of the only page, for a container of at most one page; others are in the index."""
+        self.accessed_s = 0
+        self.locks = 0
+        """Lock objects that name this slab, and `pins`: short locks by work in progress."""
+        self.pins = 0
+        self.reserved = 0
+        """Bytes charged beyond the present pages: fetches under way; while WRITING, everything."""
+        self.charged = 0
+        """What the directory's `used` holds for this slab."""
+        self.evictable = 0
+        """What the directory's `evictable` holds for this slab."""
+        self.source: UfsSource | None = None
+        self.inflight = 0
+        """Pages that `jobs` are fetching or verifying."""
+        self.jobs: list[Job] | None = None
+        self.upload: Upload | None = None
+        self.is_moving = False
+        self.is_gone = False
+        """Dropped: no longer in the table."""
+        self.free_mode = FREE_NO
+        """What to do when the last lock goes."""
+        self.writers = 0
+        """Locks that are writing."""
+        self.writes = 0
+        """Times a writer began: a seal that was prepared before it is void."""
+        self.granted_end = 0
+        """While WRITING: writers may write below this offset."""
+        self.write_end = 0
+        """While WRITING: end of appends that are on their way to the file."""
+        self.dirty_pages = 0
+        """While WRITING: pages that ended writers changed; -1: any."""
+
+    @property
+    def page_count(self) -> int:
+        return page_count(self.size)
+
+    @property
+    def all_pages(self) -> int:
+        return (1 << page_count(self.size)) - 1
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.locks and not self.pins
+
+    @property
+    def block_count(self) -> int:
+        return -(-self.page_count // BLOCK_PAGES)
+
+    def block_pages(self, block: int) -> int:
+        """Mask of the pages of a block (as many as the content has)."""
+        return span(block * BLOCK_PAGES, BLOCK_PAGES) & self.all_pages
+
+    def cost_of(self, pages: int) -> int:
+        """Bytes on disk of a mask of pages."""
+        pages &= ~self.zeros
+        cost = pages.bit_count() * PAGE_BYTES
+        last = self.page_count - 1
+        if last >= 0 and pages >> last & 1:
+            cost -= PAGE_BYTES - round_up(page_length(last, self.size))
+        return cost
+
+    def presence(self) -> Presence:
+        """What a client may read by descriptor: verified pages, all of them while WRITING."""
+        if self.state == WRITING or self.verified == self.all_pages:
+            return Presence(True, b"")
+        return Presence(False, self.verified.to_bytes((self.page_count + 7) // 8, "little"))
+
+    def report(self) -> BlockReport:
+        """For the master; a slab that holds anything unpersisted names at least its first block."""
+        if self.state != CLEAN:
+            return BlockReport(self.container, _ones(max(1, self.block_count)), True)
+        if self.present == self.all_pages:
+            return BlockReport(self.container, _ones(self.block_count), False)
+        return BlockReport(self.container, self._complete_blocks(), False)
+
+    def _complete_blocks(self) -> bytes:
+        full = b"\xff" * (BLOCK_PAGES // 8)
+        raw = self.present.to_bytes(self.block_count * len(full), "little")
+        blocks = 0
+        for block in range(self.block_count - 1):
+            if raw[block * len(full) : (block + 1) * len(full)] == full:
+                blocks |= 1 << block
+        last = self.block_count - 1
+        if last >= 0 and not self.block_pages(last) & ~self.present:
+            blocks |= 1 << last
+        return blocks.to_bytes((blocks.bit_length() + 7) // 8, "little")
+
+
+def _ones(count: int) -> bytes:
+    return ((1 << count) - 1).to_bytes((count + 7) // 8, "little")
+
+
+class Lock:
+    """A session's hold on a slab, by Attach or BeginWrite. It follows the slab when that gets
+    another container id."""
+
+    __slots__ = ("ahead", "has_sealed", "id", "is_writer", "orphaned", "peer", "session_id", "slab")
+
+    def __init__(self, id_: int, slab: Slab, session_id: int, is_writer: bool, ahead: ReadAhead) -> None:
+        self.id = id_
+        self.slab = slab
+        self.session_id = session_id
+        """0: unknown, of a life before this process's."""
+        self.is_writer = is_writer
+        self.ahead = ahead
+        self.peer = 0
+        """Key of the connection in `leases.Leases`; 0: none."""
+        self.orphaned = 0
+        """A writer whose connection ended: number of that event (its grace period); 0: not."""
+        self.has_sealed = False
+        """Its EndWrite sealed the slab; until it detaches the master may not know of it."""

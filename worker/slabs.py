@@ -1,0 +1,533 @@
+"""The table of slabs: the one place that changes slabs, their files, their index records and the
+accounting of the directories. Synchronous; no method awaits, so each is one step to everybody else.
+
+Invariants (`validation.validate` checks them):
+* `directory.used` = sum of `charged` of its slabs + `held`; `charged` = cost of the present pages +
+  `reserved` (while WRITING: `reserved` alone).
+* `directory.evictable` = sum of `charged` of its clean slabs without locks, pins or a move.
+* `directory.order` names exactly the blocks of clean slabs that have a present page.
+* the index has a record for each slab that has present pages or is not CLEAN, and no others of
+  configured directories.
+
+Order of effects on disk: bytes, then index. A file without a record is removed at the next start.
+File operations here are small (open, punch, unlink, rename); OSErrors go to the caller with nothing
+changed unless said otherwise.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+from alluxiofuse.errors import StaleError
+from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
+from alluxiofuse.wire.types import BlockReport, OrphanSeal
+from alluxiofuse.worker import checksums
+from alluxiofuse.worker.checksums import ZERO_PAGE, bits, mask_runs
+from alluxiofuse.worker.fds import Descriptors
+from alluxiofuse.worker.index import Index, SlabRecord
+from alluxiofuse.worker.layout import slab_path
+from alluxiofuse.worker.readahead import ReadAhead
+from alluxiofuse.worker.slab import (
+    BLOCK_PAGES,
+    CLEAN,
+    DIRTY,
+    FREE_ALL,
+    FREE_NO,
+    WRITING,
+    Lock,
+    Slab,
+    round_up,
+)
+from alluxiofuse.worker.tiers import Directory, Tiers
+
+
+class Slabs:
+    """All slabs of a worker. `room_changed` is called when something may have become free,
+    `pressure` when a directory rose above the high watermark."""
+
+    def __init__(
+        self,
+        tiers: Tiers,
+        index: Index,
+        *,
+        high_watermark: float = 0.95,
+        wall_s: Callable[[], float] = time.time,
+        max_open_slabs: int = 512,
+    ) -> None:
+        self.tiers = tiers
+        self.index = index
+        self.fds = Descriptors(max_open_slabs)
+        self.by_container: dict[int, Slab] = {}
+        self.locks: dict[int, Lock] = {}
+        self.changed: dict[int, None] = {}
+        """Containers whose report to the master is out of date, oldest change first."""
+        self.orphans: dict[int, OrphanSeal] = {}
+        """Seals that no client asked for, to be told to the master."""
+        self.counters: Counter[str] = Counter()
+        self.dirty_bytes = 0
+        self.room_changed: Callable[[], None] = lambda: None
+        self.pressure: Callable[[], None] = lambda: None
+        self._high_watermark = high_watermark
+        self._wall_s = wall_s
+        self._lock_ids = itertools.count(1)
+
+    # --- finding ----------------------------------------------------------------------------------
+
+    def get(self, container: int) -> Slab | None:
+        return self.by_container.get(container)
+
+    def lock_of(self, lock_id: int) -> Lock:
+        """StaleError when the lock ended."""
+        found = self.locks.get(lock_id)
+        if found is None:
+            raise StaleError(f"lock {lock_id} has ended: attach again")
+        return found
+
+    def path(self, slab: Slab) -> str:
+        return slab_path(slab.directory.root, slab.container)
+
+    # --- locks ------------------------------------------------------------------------------------
+
+    def lock(self, slab: Slab, session_id: int, *, is_writer: bool = False) -> Lock:
+        lock = Lock(next(self._lock_ids), slab, session_id, is_writer, ReadAhead())
+        self.locks[lock.id] = lock
+        slab.locks += 1
+        if is_writer:
+            slab.writers += 1
+            slab.writes += 1
+        self.account(slab)
+        return lock
+
+    def unlock(self, lock: Lock) -> None:
+        """End a lock that is not writing. Idempotent."""
+        if self.locks.pop(lock.id, None) is not None:
+            assert not lock.is_writer
+            lock.slab.locks -= 1
+            self._settle(lock.slab)
+
+    def stop_writing(self, lock: Lock, dirty_pages: int) -> None:
+        """The lock becomes a reader's; `dirty_pages` (-1: all) are what its session changed."""
+        slab = lock.slab
+        lock.is_writer = False
+        lock.orphaned = 0
+        slab.writers -= 1
+        slab.dirty_pages |= dirty_pages
+
+    def pin(self, slab: Slab) -> None:
+        """Like a lock, for work in progress."""
+        slab.pins += 1
+        self.account(slab)
+
+    def unpin(self, slab: Slab) -> None:
+        slab.pins -= 1
+        self._settle(slab)
+
+    def _settle(self, slab: Slab) -> None:
+        """After a lock or pin went."""
+        self.account(slab)
+        if slab.is_gone or not slab.is_idle:
+            return
+        if slab.free_mode:
+            self.free(slab, keep_dirty=slab.free_mode != FREE_ALL)
+        elif slab.state == CLEAN and not slab.present:
+            self.drop(slab)
+
+    def free(self, slab: Slab, *, keep_dirty: bool) -> bool:
+        """Drop it now, or when its last lock goes. False: it stays because it is dirty."""
+        if keep_dirty and slab.state != CLEAN:
+            return False
+        if slab.is_idle:
+            self.drop(slab)
+        else:
+            slab.free_mode = max(slab.free_mode, 1 if keep_dirty else FREE_ALL)
+        return True
+
+    # --- accounting -------------------------------------------------------------------------------
+
+    def account(self, slab: Slab) -> None:
+        """Bring the directory's sums in line with the slab; tell who waits for room."""
+        directory = slab.directory
+        is_writing = slab.state == WRITING
+        charged = 0
+        if not slab.is_gone:
+            charged = slab.reserved + (0 if is_writing else slab.cost_of(slab.present))
+        is_evictable = slab.state == CLEAN and slab.is_idle and not slab.is_moving and not slab.is_gone
+        evictable = charged if is_evictable else 0
+        gained = (slab.charged - charged) + (evictable - slab.evictable)
+        directory.used += charged - slab.charged
+        directory.evictable += evictable - slab.evictable
+        is_higher = charged > slab.charged
+        slab.charged, slab.evictable = charged, evictable
+        if gained > 0:
+            self.room_changed()
+        if is_higher and directory.used > self._high_watermark * directory.limit_bytes:
+            self.pressure()
+
+    def reserve(self, slab: Slab, size_bytes: int) -> bool:
+        """Charge bytes about to be written, when they fit; nothing is evicted."""
+        if size_bytes > slab.directory.available:
+            return False
+        slab.reserved += size_bytes
+        self.account(slab)
+        return True
+
+    def unreserve(self, slab: Slab, size_bytes: int) -> None:
+        slab.reserved -= size_bytes
+        self.account(slab)
+
+    def hold(self, directory: Directory, size_bytes: int) -> bool:
+        """Room for a slab that is being moved to `directory`."""
+        if size_bytes > directory.available:
+            return False
+        directory.used += size_bytes
+        directory.held += size_bytes
+        return True
+
+    def release(self, directory: Directory, size_bytes: int) -> None:
+        directory.used -= size_bytes
+        directory.held -= size_bytes
+        self.room_changed()
+
+    def touch(self, slab: Slab, pages: Iterable[int]) -> None:
+        """These pages were used now."""
+        order = slab.directory.order
+        for block in {page // BLOCK_PAGES for page in pages}:
+            if (slab, block) in order:
+                order.move_to_end((slab, block))
+
+    def touch_all(self, slab: Slab) -> None:
+        self.touch(slab, range(0, slab.page_count, BLOCK_PAGES))
+
+    def _enlist(self, slab: Slab, pages: int) -> None:
+        """Blocks of `pages` that became present become the most recently used of a clean slab."""
+        order = slab.directory.order
+        while pages:
+            block = ((pages & -pages).bit_length() - 1) // BLOCK_PAGES
+            order[slab, block] = None
+            order.move_to_end((slab, block))
+            pages = pages >> ((block + 1) * BLOCK_PAGES) << ((block + 1) * BLOCK_PAGES)
+
+    def _delist(self, slab: Slab) -> None:
+        order = slab.directory.order
+        for block in range(slab.block_count):
+            order.pop((slab, block), None)
+        slab.directory.dirty.pop(slab, None)
+
+    def adopt(self, slab: Slab) -> None:
+        """A slab that the index knows from an earlier life of the worker; the most recently used of
+        those adopted so far."""
+        self.by_container[slab.container] = slab
+        if slab.state == CLEAN:
+            self._enlist(slab, slab.present)
+        elif slab.state == DIRTY:
+            slab.directory.dirty[slab] = None
+        self.account(slab)
+        if slab.state == DIRTY:
+            self.dirty_bytes += slab.charged
+            self.report_orphan(slab)
+        elif slab.state == WRITING:
+            self.lock(slab, 0, is_writer=True)
+
+    # --- clean slabs ------------------------------------------------------------------------------
+
+    def create(self, container: int, size: int, directory: Directory) -> Slab:
+        """An empty clean slab of `size` bytes. Has no index record until a page is in it."""
+        slab = Slab(container, size, directory)
+        fd = os.open(self.path(slab), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            if size:
+                os.ftruncate(fd, size)
+        except OSError:
+            os.close(fd)
+            os.unlink(self.path(slab))
+            raise
+        self.fds.adopt(slab, fd)
+        self.by_container[container] = slab
+        return slab
+
+    def add_pages(self, slab: Slab, first: int, sums: list[int], reserved_bytes: int) -> None:
+        """Pages whose bytes were stored: present and verified. `reserved_bytes` were reserved for
+        them."""
+        known = dict(enumerate(sums, first))
+        mask = ((1 << len(sums)) - 1) << first
+        for page, value in known.items():
+            if value == ZERO_PAGE and page_length(page, slab.size) == PAGE_BYTES:
+                slab.zeros |= 1 << page
+        is_new = not slab.present
+        slab.present |= mask
+        slab.verified |= mask
+        slab.reserved -= reserved_bytes
+        if slab.page_count <= 1:
+            slab.checksum = sums[0]
+            self.index.put(slab.container, self._record(slab))
+        else:
+            batch = self.index.batch()
+            if is_new:
+                batch.put(slab.container, self._record(slab))
+            batch.put_pages(slab.container, known)
+            self.index.commit(batch)
+        self._enlist(slab, mask)
+        self.account(slab)
+        for block in {page // BLOCK_PAGES for page in known}:
+            if not slab.block_pages(block) & ~slab.present:
+                self.changed[slab.container] = None
+                break
+
+    def drop_pages(self, slab: Slab, pages: int) -> None:
+        """Punch present pages of a clean slab out. Nobody may be reading them; `verified` pages of a
+        locked slab may be read at any time."""
+        assert slab.state == CLEAN
+        pages &= slab.present
+        fd = self.fds.for_writing(slab)
+        batch = self.index.batch()
+        slab.present &= ~pages
+        slab.verified &= ~pages
+        slab.zeros &= ~pages
+        if slab.present:
+            batch.remove_pages(slab.container, pages)
+        else:
+            batch.delete(slab.container, slab.page_count)
+        self.index.commit(batch)
+        for first, count in mask_runs(pages):
+            checksums.punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
+        for block in {page // BLOCK_PAGES for page in bits(pages)}:
+            if not slab.block_pages(block) & slab.present:
+                slab.directory.order.pop((slab, block), None)
+        self.changed[slab.container] = None
+        self.account(slab)
+
+    def drop(self, slab: Slab) -> None:
+        """Remove the slab with its file and record. Nobody uses it."""
+        assert slab.is_idle
+        had_record = bool(slab.present) or slab.state != CLEAN
+        self._delist(slab)
+        self.fds.forget(slab)
+        del self.by_container[slab.container]
+        slab.is_gone = True
+        self._count_dirty(slab, CLEAN)
+        self.account(slab)
+        self.orphans.pop(slab.container, None)
+        if had_record:
+            self.changed[slab.container] = None
+            batch = self.index.batch()
+            batch.delete(slab.container, slab.page_count)
+            self.index.commit(batch)
+        try:
+            os.unlink(self.path(slab))
+        except OSError:
+            self.counters["unlink_failed"] += 1
+
+    # --- verification -----------------------------------------------------------------------------
+
+    def stored_checksums(self, slab: Slab, pages: Iterable[int]) -> dict[int, int]:
+        """What the index says of present pages."""
+        if slab.page_count <= 1:
+            return dict.fromkeys(pages, slab.checksum)
+        return self.index.checksums(slab.container, pages)
+
+    def settle_verification(self, slab: Slab, found: dict[int, int], stored: dict[int, int]) -> list[int]:
+        """Compare checksums of pages as read with those stored: good ones are verified, bad ones of
+        a clean slab dropped. Answers the bad pages of a slab that is not clean."""
+        bad = [page for page, value in found.items() if stored.get(page) != value]
+        good = [page for page in found if page not in bad]
+        for page in good:
+            slab.verified |= 1 << page
+        if not bad:
+            return []
+        self.counters["checksum_mismatches"] += len(bad)
+        if slab.state != CLEAN:
+            return bad
+        self.drop_pages(slab, sum(1 << page for page in bad))
+        return []
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def create_writing(self, container: int, directory: Directory, charge_bytes: int) -> Slab:
+        """An empty slab open for writing, with `charge_bytes` of room. One open, one index put."""
+        slab = Slab(container, 0, directory, WRITING)
+        fd = os.open(self.path(slab), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        self.fds.adopt(slab, fd)
+        self.index.put(container, self._record(slab))
+        self.by_container[container] = slab
+        slab.reserved = slab.granted_end = charge_bytes
+        self.account(slab)
+        self.changed[container] = None
+        return slab
+
+    def begin_writing(self, slab: Slab, container: int, granted_end: int) -> None:
+        """A sealed slab of which all pages are present becomes container `container`, open for
+        writing below `granted_end`, for which there is room. A crash at any point leaves the old
+        container or the new one."""
+        assert slab.state != WRITING
+        assert slab.present == slab.all_pages
+        assert not slab.jobs
+        old = slab.container
+        old_path = self.path(slab)
+        record = self._record(slab)
+        record.state, record.was = WRITING, old
+        batch = self.index.batch()
+        batch.move_chunks(old, container, slab.page_count)
+        batch.put(container, record)
+        self.index.commit(batch)
+        try:
+            os.rename(old_path, slab_path(slab.directory.root, container))
+        except OSError:
+            back = self.index.batch()
+            back.move_chunks(container, old, slab.page_count)
+            back.put(old, self._record(slab))
+            self.index.commit(back)
+            raise
+        self._delist(slab)
+        del self.by_container[old]
+        self.orphans.pop(old, None)
+        self._count_dirty(slab, WRITING)
+        slab.container, slab.state = container, WRITING
+        slab.source = None
+        slab.free_mode = FREE_NO
+        slab.dirty_pages = 0
+        slab.granted_end = granted_end
+        slab.reserved = round_up(granted_end)
+        self.by_container[container] = slab
+        self.account(slab)
+        self.changed[old] = self.changed[container] = None
+
+    def grant(self, slab: Slab, end: int) -> bool:
+        """Room to write below `end`, when it is there; nothing is evicted."""
+        if end <= slab.granted_end:
+            return True
+        if not self.reserve(slab, round_up(end) - round_up(slab.granted_end)):
+            return False
+        slab.granted_end = end
+        return True
+
+    def pages_to_seal(self, slab: Slab, size: int) -> int:
+        """Pages whose checksum must be computed before a seal at `size`: those changed, and those
+        whose length is another than before."""
+        pages = slab.dirty_pages
+        if size != slab.size:
+            for end in (slab.size, size):
+                if end:
+                    pages |= 1 << (end - 1) // PAGE_BYTES
+            before = slab.page_count
+            pages |= -1 << before if page_count(size) > before else 0
+        return pages & ((1 << page_count(size)) - 1)
+
+    def seal(self, slab: Slab, size: int, sums: dict[int, int]) -> None:
+        """End the writing: `sums` are the checksums of `pages_to_seal`. Dirty, and durable against a
+        kill of this process when this returns."""
+        assert slab.state == WRITING
+        assert not slab.writers
+        before, after = slab.page_count, page_count(size)
+        kept = slab.all_pages & ((1 << after) - 1)
+        for page in sums:
+            kept &= ~(1 << page)
+        if (before <= 1) != (after <= 1):
+            sums = self.stored_checksums(slab, bits(kept)) | sums
+        batch = self.index.batch()
+        if after > 1:
+            batch.put_pages(slab.container, sums)
+            batch.delete_chunks(slab.container, after, before)
+        else:
+            batch.delete_chunks(slab.container, 0, before)
+            slab.checksum = sums.get(0, slab.checksum)
+        slab.size, slab.state = size, DIRTY
+        slab.present = slab.verified = slab.all_pages
+        slab.zeros &= slab.all_pages
+        for page, value in sums.items():
+            bit = 1 << page
+            is_zero = value == ZERO_PAGE and page_length(page, size) == PAGE_BYTES
+            slab.zeros = slab.zeros | bit if is_zero else slab.zeros & ~bit
+        slab.dirty_pages = slab.reserved = slab.granted_end = slab.write_end = 0
+        batch.put(slab.container, self._record(slab))
+        self.index.commit(batch)
+        self.account(slab)
+        self.dirty_bytes += slab.charged
+        slab.directory.dirty[slab] = None
+        self.changed[slab.container] = None
+
+    def mark_clean(self, slab: Slab) -> None:
+        """Its bytes are in the under storage now. Nothing happens unless it is sealed and dirty."""
+        if slab.state != DIRTY:
+            return
+        self._delist(slab)
+        self._count_dirty(slab, CLEAN)
+        slab.state = CLEAN
+        self.orphans.pop(slab.container, None)
+        if slab.present:
+            self.index.put(slab.container, self._record(slab))
+        else:
+            batch = self.index.batch()
+            batch.delete(slab.container, slab.page_count)
+            self.index.commit(batch)
+        self._enlist(slab, slab.present)
+        self.changed[slab.container] = None
+        self._settle(slab)
+
+    def report_orphan(self, slab: Slab) -> None:
+        """Tell the master what a sealed container is, in case its writer could not."""
+        mtime_ns = os.stat(self.path(slab)).st_mtime_ns
+        self.orphans[slab.container] = OrphanSeal(slab.container, slab.size, mtime_ns)
+
+    def _count_dirty(self, slab: Slab, state: int) -> None:
+        if slab.state == DIRTY and state != DIRTY:
+            self.dirty_bytes -= slab.charged
+
+    # --- moving -----------------------------------------------------------------------------------
+
+    def relocate(self, slab: Slab, directory: Directory, held_bytes: int) -> None:
+        """Its file was copied to `directory` as `<name>.part`; put it in place and remove the old
+        one. The slab is idle; `held_bytes` are held for it."""
+        old_path = self.path(slab)
+        new_path = slab_path(directory.root, slab.container)
+        os.rename(new_path + ".part", new_path)
+        is_dirty = slab.state == DIRTY
+        self._delist(slab)
+        self.fds.forget(slab)
+        source = slab.directory
+        source.used -= slab.charged
+        source.evictable -= slab.evictable
+        charged, slab.charged, slab.evictable = slab.charged, 0, 0
+        slab.directory = directory
+        self.index.put(slab.container, self._record(slab))
+        self.release(directory, held_bytes)
+        self.account(slab)
+        assert slab.charged == charged
+        if is_dirty:
+            directory.dirty[slab] = None
+        else:
+            self._enlist(slab, slab.present)
+        self.room_changed()
+        try:
+            os.unlink(old_path)
+        except OSError:
+            self.counters["unlink_failed"] += 1
+
+    # --- reports ----------------------------------------------------------------------------------
+
+    def report(self, container: int) -> BlockReport:
+        slab = self.by_container.get(container)
+        return BlockReport(container, b"", False) if slab is None else slab.report()
+
+    def take_changed(self, limit: int) -> list[int]:
+        """The oldest changed containers; give them back with `put_back` when they were not heard."""
+        taken = list(itertools.islice(self.changed, limit))
+        for container in taken:
+            del self.changed[container]
+        return taken
+
+    def put_back(self, containers: Iterable[int]) -> None:
+        self.changed.update(dict.fromkeys(containers))
+
+    def _record(self, slab: Slab) -> SlabRecord:
+        return SlabRecord(
+            slab.size,
+            slab.directory.directory_id,
+            slab.state,
+            int(self._wall_s()),
+            slab.page_count <= 1 and bool(slab.present),
+            slab.checksum if slab.page_count <= 1 else 0,
+        )

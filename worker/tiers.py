@@ -1,0 +1,113 @@
+"""Tiers and their directories: quotas, what is used, the order of eviction, the allocator. No I/O.
+
+Owned by `slabs.Slabs`, which keeps `used`, `evictable` and the orders up to date.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from alluxiofuse.wire.types import Tier
+
+if TYPE_CHECKING:
+    from alluxiofuse.worker.slab import Slab
+
+
+class Directory:
+    """One storage directory of a tier."""
+
+    def __init__(self, root: str, directory_id: int, quota_bytes: int, tier: int, is_durable: bool) -> None:
+        self.root = root
+        self.directory_id = directory_id
+        self.quota_bytes = quota_bytes
+        self.tier = tier
+        """Number of its tier, 0 is the fastest."""
+        self.is_durable = is_durable
+        self.limit_bytes = quota_bytes
+        """At most the quota; less while others fill the filesystem."""
+        self.used = 0
+        """Charged to slabs, and held for slabs on their way here."""
+        self.held = 0
+        """The part of `used` for slabs that are being moved here."""
+        self.evictable = 0
+        """The part of `used` of clean slabs that nobody uses."""
+        self.order: OrderedDict[tuple[Slab, int], None] = OrderedDict()
+        """(slab, block) of all clean blocks, least recently used first; slabs in use included."""
+        self.dirty: OrderedDict[Slab, None] = OrderedDict()
+        """Sealed dirty slabs, oldest first: they can be moved, not dropped."""
+
+    @property
+    def available(self) -> int:
+        return self.limit_bytes - self.used
+
+    @property
+    def reachable(self) -> int:
+        """What could be had by evicting all that may be evicted."""
+        return self.available + self.evictable
+
+    def note_full(self) -> None:
+        """The filesystem said ENOSPC below the quota: nothing more until `refit`."""
+        self.limit_bytes = max(0, min(self.limit_bytes, self.used))
+
+    def refit(self, free_bytes: int) -> bool:
+        """The filesystem has `free_bytes` now; True when there is more room than before."""
+        before = self.limit_bytes
+        self.limit_bytes = min(self.quota_bytes, max(before, self.used + free_bytes))
+        return self.limit_bytes > before
+
+
+class Tiers:
+    """All directories, fastest tier first. The allocator is MaxFree: within a tier, the directory
+    with the most room."""
+
+    def __init__(self, aliases: list[str], directories: list[Directory]) -> None:
+        self.aliases = aliases
+        self.directories = directories
+        self._by_tier: list[list[Directory]] = [
+            [d for d in directories if d.tier == number] for number in range(len(aliases))
+        ]
+
+    def below(self, directory: Directory) -> list[Directory]:
+        """Directories of the next lower tier."""
+        lower = directory.tier + 1
+        return self._by_tier[lower] if lower < len(self._by_tier) else []
+
+    def for_reading(self, size_bytes: int, only_durable: bool = False) -> Directory | None:
+        """Where a new slab of clean bytes goes: the first tier with a directory that can hold all of
+        it (after evicting), else the roomiest directory of all. None when no directory has any room."""
+        candidates = [d for d in self.directories if d.is_durable or not only_durable]
+        for group in self._grouped(candidates):
+            fitting = [d for d in group if d.reachable >= size_bytes]
+            if fitting:
+                return max(fitting, key=lambda d: (d.available >= size_bytes, d.reachable))
+        best = max(candidates, key=lambda d: d.reachable, default=None)
+        return best if best is not None and best.reachable > 0 else None
+
+    def for_writing(self, size_bytes: int) -> list[Directory]:
+        """Directories for a slab that will be written, best first: of the first durable tier that
+        can hold `size_bytes`; MEM only where there is no durable tier."""
+        is_durable = any(d.is_durable for d in self.directories)
+        candidates = [d for d in self.directories if d.is_durable == is_durable]
+        ranked: list[Directory] = []
+        for group in self._grouped(candidates):
+            ranked += sorted(group, key=lambda d: (-int(d.available >= size_bytes), -d.reachable))
+        return sorted(ranked, key=lambda d: d.reachable < size_bytes)
+
+    def _grouped(self, directories: list[Directory]) -> Iterator[list[Directory]]:
+        for number in range(len(self.aliases)):
+            group = [d for d in directories if d.tier == number]
+            if group:
+                yield group
+
+    def report(self) -> list[Tier]:
+        return [
+            Tier(
+                alias,
+                sum(d.quota_bytes for d in group),
+                sum(max(0, d.used) for d in group),
+                [d.root for d in group],
+            )
+            for alias, group in zip(self.aliases, self._by_tier, strict=True)
+        ]

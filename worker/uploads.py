@@ -1,0 +1,130 @@
+"""Uploads to under storages: PersistCommands of the master, carried out in threads."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+
+import trio
+
+from alluxiofuse.errors import AlluxioFuseError
+from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UfsEntry, UnderStorage
+from alluxiofuse.wire.types import PersistCommand
+from alluxiofuse.worker.fetcher import Fetcher
+from alluxiofuse.worker.mounts import Mounts
+from alluxiofuse.worker.room import storage_error
+from alluxiofuse.worker.slab import WRITING, Slab
+from alluxiofuse.worker.slabs import Slabs
+
+log = logging.getLogger(__name__)
+
+STALE = "stale"
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """Of a PersistCommand: what PersistDone says."""
+
+    fingerprint: bytes = b""
+    error_code: str = ""
+    error_message: str = ""
+
+
+class Upload:
+    """One upload under way. It pins its slab and reads it only until `done`."""
+
+    def __init__(self, command: PersistCommand) -> None:
+        self.command = command
+        self.is_cancelled = False
+        self.done = trio.Event()
+
+    async def stop(self) -> None:
+        """Cancel, and wait until its thread reads the slab no more. What it had made visible before
+        is complete and of the old content; nothing becomes visible afterwards."""
+        self.is_cancelled = True
+        await self.done.wait()
+
+
+class Uploads:
+    """At most `parallel` run at once; the rest wait."""
+
+    def __init__(self, slabs: Slabs, fetcher: Fetcher, mounts: Mounts, *, parallel: int) -> None:
+        self._slabs = slabs
+        self._fetcher = fetcher
+        self._mounts = mounts
+        self._limiter = trio.CapacityLimiter(parallel)
+        self._tasks: dict[int, Upload] = {}
+
+    def cancel(self, task_id: int) -> None:
+        upload = self._tasks.get(task_id)
+        if upload is not None:
+            upload.is_cancelled = True
+
+    async def run(self) -> None:
+        """When cancelled, lets uploads know, so that their threads stop soon."""
+        try:
+            await trio.sleep_forever()
+        finally:
+            for upload in self._tasks.values():
+                upload.is_cancelled = True
+
+    async def persist(self, command: PersistCommand) -> Outcome | None:
+        """Upload; None when the same command is under way already. Cancelled: returns when the thread
+        has stopped."""
+        if command.task_id in self._tasks:
+            return None
+        upload = self._tasks[command.task_id] = Upload(command)
+        try:
+            outcome = await self._outcome(upload)
+        finally:
+            del self._tasks[command.task_id]
+        self._slabs.counters["uploads_failed" if outcome.error_code else "uploads_done"] += 1
+        if outcome.error_code not in ("", STALE):
+            log.warning("upload of container %x failed: %s", command.container, outcome.error_message)
+        return outcome
+
+    async def _outcome(self, upload: Upload) -> Outcome:
+        command = upload.command
+        try:
+            while True:
+                slab = self._slabs.get(command.container)
+                if slab is None or slab.state == WRITING or slab.size != command.size:
+                    return Outcome(b"", STALE, "the container is not here as it was committed")
+                if slab.upload is None:
+                    break
+                await slab.upload.done.wait()
+            entry = await self._upload(slab, upload)
+            return Outcome(entry.fingerprint)
+        except PutCancelled:
+            return Outcome(b"", STALE, "cancelled")
+        except AlluxioFuseError as exc:
+            return Outcome(b"", exc.code, exc.message)
+
+    async def _upload(self, slab: Slab, upload: Upload) -> UfsEntry:
+        """The slab is sealed; who wants to change it stops this upload first."""
+        slab.upload = upload
+        self._slabs.pin(slab)
+        try:
+            await self._fetcher.verify(slab)
+            storage = await self._mounts.storage(upload.command.mount_id)
+            fd = os.dup(self._slabs.fds.for_reading(slab))
+            try:
+                return await trio.to_thread.run_sync(_put, storage, fd, upload, limiter=self._limiter)
+            finally:
+                os.close(fd)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        finally:
+            slab.upload = None
+            upload.done.set()
+            self._slabs.unpin(slab)
+
+
+def _put(storage: UnderStorage, fd: int, upload: Upload) -> UfsEntry:
+    """Blocking. PutCancelled also when it was cancelled while it waited for its turn."""
+    if upload.is_cancelled:
+        raise PutCancelled
+    command = upload.command
+    attrs = UfsAttrs(command.mode, command.uid, command.gid, command.mtime_ns)
+    return storage.put(command.path, fd, command.size, attrs, lambda: upload.is_cancelled)

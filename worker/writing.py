@@ -1,0 +1,452 @@
+"""Handlers of writers: BeginWrite, Reserve, Write, Truncate, EndWrite, SyncContainer.
+
+Small work is done at once in a plain function; a coroutine is returned only when something must be
+waited for. Between BeginWrite and the seal the slab's file is the truth.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+
+import trio
+
+from alluxiofuse.errors import (
+    AlluxioFuseError,
+    BadRequestError,
+    FsError,
+    NoSpaceError,
+    StaleError,
+    UnavailableError,
+)
+from alluxiofuse.ids import PAGE_BYTES, pages_of
+from alluxiofuse.rpc.base import Answer, Buffer, Peer
+from alluxiofuse.wire.messages import NOTHING, Nothing
+from alluxiofuse.wire.worker_ops import (
+    MAX_IO_BYTES,
+    BeginWrite,
+    EndWrite,
+    Reserve,
+    Reserved,
+    SyncContainer,
+    Truncate,
+    Write,
+    WriteEnd,
+    WriteGrant,
+)
+from alluxiofuse.worker import checksums
+from alluxiofuse.worker.checksums import ZERO_PAGE, bits
+from alluxiofuse.worker.fetcher import Fetcher
+from alluxiofuse.worker.leases import Leases
+from alluxiofuse.worker.room import Room, storage_error
+from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
+from alluxiofuse.worker.slabs import Slabs
+
+log = logging.getLogger(__name__)
+
+MIN_GRANT_BYTES = 1 << 20
+MAX_GRANT_BYTES = 64 << 20
+PATIENCE_S = 60.0
+"""How long writers wait for room that uploads will make."""
+_INLINE_BYTES = 1 << 20
+_SEAL_ATTEMPTS = 5
+"""Checksums are computed again when the file changed under them: a writer that did not keep to the
+rules. After so many times the last ones count."""
+
+
+class Writing:
+    """Owned by the worker."""
+
+    def __init__(self, slabs: Slabs, room: Room, fetcher: Fetcher, *, grace_s: float) -> None:
+        self._slabs = slabs
+        self._room = room
+        self._fetcher = fetcher
+        self.leases = Leases(slabs, grace_s=grace_s, seal_orphan=self._seal_orphan)
+        self._gates: dict[int, trio.Lock] = {}
+        """Container -> BeginWrites that take time."""
+        self._nursery: trio.Nursery | None = None
+        self._threads = trio.CapacityLimiter(4)
+
+    async def run(self) -> None:
+        """Carries seals to their end, whether or not the client waits for them."""
+        try:
+            async with trio.open_nursery() as nursery:
+                self._nursery = nursery
+                nursery.start_soon(self.leases.run)
+                await trio.sleep_forever()
+        finally:
+            self._nursery = None
+
+    # --- BeginWrite -------------------------------------------------------------------------------
+
+    def begin(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant] | Awaitable[Answer[WriteGrant]]:
+        if request.container == 0 or request.container == request.old_container:
+            raise BadRequestError("BeginWrite needs a new container id")
+        slab = self._slabs.get(request.container)
+        if slab is not None and self._may_join(slab, request):
+            return self._grant(peer, request, slab)
+        if slab is None and request.old_container == 0 and request.container not in self._gates:
+            slab = self._create_now(request.container, request.reserve_bytes)
+            if slab is not None:
+                return self._grant(peer, request, slab)
+        return self._begin_slowly(peer, request)
+
+    def _may_join(self, slab: Slab, request: BeginWrite) -> bool:
+        if slab.state != WRITING:
+            raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
+        end = os.fstat(self._fd(slab)).st_size + request.reserve_bytes
+        return self._grow_now(slab, end)
+
+    def _create_now(self, container: int, reserve_bytes: int) -> Slab | None:
+        """A new empty slab in the best directory that has room now."""
+        needed = max(4096, round_up(reserve_bytes))
+        for directory in self._slabs.tiers.for_writing(needed):
+            if self._room.make_now(directory, needed):
+                room = directory.available & ~4095
+                try:
+                    charge = min(room, max(needed, MIN_GRANT_BYTES))
+                    return self._slabs.create_writing(container, directory, charge)
+                except OSError as exc:
+                    error = storage_error(exc, directory, self._slabs.counters)
+                    if not isinstance(error, NoSpaceError):
+                        raise error from None
+        return None
+
+    @asynccontextmanager
+    async def _gate(self, container: int) -> AsyncIterator[None]:
+        lock = self._gates.setdefault(container, trio.Lock())
+        try:
+            async with lock:
+                yield
+        finally:
+            if not lock.statistics().tasks_waiting and not lock.locked():
+                self._gates.pop(container, None)
+
+    async def _begin_slowly(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant]:
+        async with self._gate(request.container):
+            slab = self._slabs.get(request.container)
+            if slab is None and request.old_container and request.old_size:
+                slab = await self._convert(request)
+            elif slab is None:
+                slab = await self._create_patiently(request)
+            elif not self._may_join(slab, request):
+                end = os.fstat(self._fd(slab)).st_size + request.reserve_bytes
+                await self._grow(slab, end)
+            if slab.state != WRITING:
+                raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
+            return self._grant(peer, request, slab)
+
+    async def _create_patiently(self, request: BeginWrite) -> Slab:
+        needed = max(4096, round_up(request.reserve_bytes))
+        deadline = trio.current_time() + PATIENCE_S
+        directories = self._slabs.tiers.for_writing(needed)
+        for patient in (False, True):
+            for directory in directories:
+                try:
+                    left = deadline - trio.current_time() if patient else 0.0
+                    await self._room.make(directory, needed, left)
+                except NoSpaceError:
+                    continue
+                slab = self._create_now(request.container, request.reserve_bytes)
+                if slab is not None:
+                    return slab
+        raise NoSpaceError("no tier has room for a new file")
+
+    async def _convert(self, request: BeginWrite) -> Slab:
+        """The slab of the old container, complete, becomes that of the new one."""
+        old = self._slabs.get(request.old_container) or self._create_copy(request)
+        if old.state == WRITING or old.size != request.old_size:
+            raise StaleError(f"container {request.old_container:x} is not what it was at the master")
+        await self._move_to_durable(old)
+        if old.is_gone or old.container != request.old_container:
+            raise StaleError(f"container {request.old_container:x} is here no more")
+        self._slabs.pin(old)
+        try:
+            end = old.size + request.reserve_bytes
+            while not await self._is_ready(old, request, end):
+                if old.state == WRITING:
+                    raise StaleError(f"container {request.old_container:x} has become another one")
+            self._slabs.begin_writing(old, request.container, end)
+            return old
+        except OSError as exc:
+            raise storage_error(exc, old.directory, self._slabs.counters) from None
+        finally:
+            self._slabs.unpin(old)
+
+    def _create_copy(self, request: BeginWrite) -> Slab:
+        """An empty clean slab of the old container, to be filled from its source."""
+        if request.source is None or request.old_size > MAX_SLAB_BYTES:
+            raise StaleError(f"container {request.old_container:x} is not at this worker")
+        best = self._slabs.tiers.for_writing(round_up(request.old_size + request.reserve_bytes))[0]
+        try:
+            return self._slabs.create(request.old_container, request.old_size, best)
+        except OSError as exc:
+            raise storage_error(exc, best, self._slabs.counters) from None
+
+    async def _move_to_durable(self, slab: Slab) -> None:
+        """Out of MEM when nobody has it open and a durable tier has room: its bytes will be dirty."""
+        if not slab.directory.is_durable and slab.is_idle and slab.present:
+            target = self._slabs.tiers.for_writing(slab.charged)[0]
+            if target.is_durable:
+                await self._room.move(slab, target)
+
+    async def _is_ready(self, old: Slab, request: BeginWrite, end: int) -> bool:
+        """One step towards a slab that can become another container; True when nothing is left to do
+        (then no await has happened since)."""
+        if old.state == WRITING:
+            return False
+        if old.upload is not None:
+            await old.upload.stop()
+        elif old.verified != old.all_pages:
+            source = request.source or old.source
+            await self._fetcher.fetch(old, 0, old.page_count, source=source, patience_s=PATIENCE_S)
+        elif old.jobs:
+            await self._fetcher.settle(old)
+        elif (extra := round_up(end) - old.charged) > max(0, old.directory.available):
+            await self._room.make(old.directory, extra, PATIENCE_S)
+        else:
+            return True
+        return False
+
+    def _grant(self, peer: Peer, request: BeginWrite, slab: Slab) -> Answer[WriteGrant]:
+        lock = self._writer_of(slab, request.session_id)
+        self.leases.bind(peer, lock)
+        fd = self._fd(slab)
+        fds = [fd] if request.want_fd and peer.can_pass_fds else []
+        size = os.fstat(fd).st_size
+        grant = WriteGrant(lock.id, size, slab.granted_end, bool(fds), slab.directory.is_durable)
+        return Answer(grant, fds=fds)
+
+    def _writer_of(self, slab: Slab, session_id: int) -> Lock:
+        """The session's one writer's lock of a slab, taken up again or new."""
+        if slab.writers:
+            orphan = self.leases.orphan_of(slab, session_id)
+            if orphan is not None:
+                return orphan
+            for lock in self._slabs.locks.values():
+                if lock.slab is slab and lock.is_writer and lock.session_id == session_id:
+                    return lock
+        return self._slabs.lock(slab, session_id, is_writer=True)
+
+    # --- room -------------------------------------------------------------------------------------
+
+    def _grow_now(self, slab: Slab, end: int) -> bool:
+        """Grant up to `end` and generously beyond, within what is free now."""
+        if end <= slab.granted_end:
+            return True
+        if end > MAX_SLAB_BYTES:
+            raise FsError(errno.EFBIG)
+        generous = round_up(end + max(MIN_GRANT_BYTES, min(end, MAX_GRANT_BYTES)))
+        free = round_up(slab.granted_end) + (slab.directory.available & ~4095)
+        return min(generous, free) >= end and self._slabs.grant(slab, min(generous, free))
+
+    async def _grow(self, slab: Slab, end: int) -> None:
+        self._slabs.pin(slab)
+        try:
+            deadline = trio.current_time() + PATIENCE_S
+            while slab.state == WRITING and not self._grow_now(slab, end):
+                needed = round_up(end) - round_up(slab.granted_end)
+                await self._room.make(slab.directory, needed, deadline - trio.current_time())
+        finally:
+            self._slabs.unpin(slab)
+
+    def reserve(self, peer: Peer, request: Reserve) -> Reserved | Awaitable[Reserved]:
+        slab = self._writer(request.lock_id).slab
+        if self._grow_now(slab, request.end):
+            return Reserved(slab.granted_end)
+        return self._reserve_slowly(request)
+
+    async def _reserve_slowly(self, request: Reserve) -> Reserved:
+        slab = self._writer(request.lock_id).slab
+        await self._grow(slab, request.end)
+        self._writer(request.lock_id)
+        return Reserved(slab.granted_end)
+
+    # --- writing through the worker ---------------------------------------------------------------
+
+    def write(self, peer: Peer, request: Write, payload: Buffer) -> int | Awaitable[int]:
+        slab = self._writer(request.lock_id).slab
+        length = len(payload)
+        if length > MAX_IO_BYTES:
+            raise BadRequestError(f"a write of more than {MAX_IO_BYTES} bytes")
+        offset = request.offset
+        if request.append:
+            offset = max(os.fstat(self._fd(slab)).st_size, slab.write_end)
+        if not length:
+            return offset
+        end = offset + length
+        slab.write_end = max(slab.write_end, end) if request.append else slab.write_end
+        if length > _INLINE_BYTES or not self._grow_now(slab, end):
+            return self._write_slowly(request.lock_id, offset, bytes(payload))
+        touched = pages_of(offset, length)
+        slab.dirty_pages |= span(touched.start, len(touched))
+        try:
+            checksums.pwrite_all(self._fd(slab), payload, offset)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        return offset
+
+    async def _write_slowly(self, lock_id: int, offset: int, data: bytes) -> int:
+        slab = self._writer(lock_id).slab
+        self._slabs.pin(slab)
+        try:
+            await self._grow(slab, offset + len(data))
+            self._writer(lock_id)
+            touched = pages_of(offset, len(data))
+            slab.dirty_pages |= span(touched.start, len(touched))
+            fd = os.dup(self._fd(slab))
+            try:
+                await trio.to_thread.run_sync(checksums.pwrite_all, fd, data, offset, limiter=self._threads)
+            finally:
+                os.close(fd)
+        except NoSpaceError:
+            slab.write_end = 0
+            raise
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        finally:
+            self._slabs.unpin(slab)
+        return offset
+
+    def truncate(self, peer: Peer, request: Truncate) -> Nothing:
+        """Growing makes a hole and needs no room."""
+        slab = self._writer(request.lock_id).slab
+        if request.size > MAX_SLAB_BYTES:
+            raise FsError(errno.EFBIG)
+        fd = self._fd(slab)
+        before = os.fstat(fd).st_size
+        try:
+            os.ftruncate(fd, request.size)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        slab.write_end = 0
+        slab.dirty_pages |= -1 << min(before, request.size) // PAGE_BYTES
+        return NOTHING
+
+    # --- EndWrite ---------------------------------------------------------------------------------
+
+    def end(self, peer: Peer, request: EndWrite) -> WriteEnd | Awaitable[WriteEnd]:
+        lock = self._slabs.lock_of(request.lock_id)
+        slab = lock.slab
+        if not lock.is_writer:
+            return self._ended_before(lock)
+        fd = self._fd(slab)
+        dirty = request.dirty_pages
+        self._slabs.stop_writing(lock, -1 if dirty is None else int.from_bytes(dirty, "little"))
+        found = os.fstat(fd)
+        if slab.writers:
+            return WriteEnd(found.st_size, found.st_mtime_ns, False)
+        pages = self._slabs.pages_to_seal(slab, found.st_size)
+        if pages.bit_count() > 1 or slab.pins:
+            return self._end_slowly(lock)
+        sums = checksums.page_checksums(fd, bits(pages), found.st_size)
+        for page, value in sums.items():
+            if value == ZERO_PAGE:
+                checksums.punch_hole(fd, page * PAGE_BYTES, PAGE_BYTES)
+        self._slabs.seal(slab, found.st_size, sums)
+        lock.has_sealed = True
+        return WriteEnd(found.st_size, found.st_mtime_ns, True)
+
+    def _ended_before(self, lock: Lock) -> WriteEnd:
+        """The answer to a repeated EndWrite."""
+        slab = lock.slab
+        if not lock.has_sealed or slab.state == WRITING:
+            raise StaleError(f"lock {lock.id} is not writing")
+        found = os.stat(self._slabs.path(slab))
+        return WriteEnd(slab.size, found.st_mtime_ns, True)
+
+    async def _end_slowly(self, lock: Lock) -> WriteEnd:
+        """The seal goes on when the caller is cancelled."""
+        if self._nursery is None:
+            raise UnavailableError("the worker is stopping")
+        outcome: list[WriteEnd | AlluxioFuseError] = []
+        done = trio.Event()
+
+        async def seal() -> None:
+            try:
+                outcome.append(await self.seal(lock.slab))
+                lock.has_sealed = outcome[0].is_sealed  # type: ignore[union-attr]
+            except AlluxioFuseError as exc:
+                outcome.append(exc)
+            finally:
+                done.set()
+
+        self._nursery.start_soon(seal)
+        await done.wait()
+        if not outcome:
+            raise UnavailableError("the worker is stopping")
+        if isinstance(outcome[0], AlluxioFuseError):
+            raise outcome[0]
+        return outcome[0]
+
+    async def seal(self, slab: Slab) -> WriteEnd:
+        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals)."""
+        self._slabs.pin(slab)
+        try:
+            for _ in range(_SEAL_ATTEMPTS):
+                writes = slab.writes
+                found = os.stat(self._slabs.path(slab))
+                pages = self._slabs.pages_to_seal(slab, found.st_size)
+                sums = await trio.to_thread.run_sync(
+                    checksums.sealed_checksums,
+                    self._slabs.path(slab),
+                    pages,
+                    found.st_size,
+                    limiter=self._threads,
+                )
+                if slab.writers or slab.writes != writes or slab.state != WRITING:
+                    return WriteEnd(found.st_size, found.st_mtime_ns, False)
+                now = os.stat(self._slabs.path(slab))
+                if (now.st_size, now.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
+                    break
+            self._slabs.seal(slab, found.st_size, sums)
+            return WriteEnd(found.st_size, found.st_mtime_ns, True)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        finally:
+            self._slabs.unpin(slab)
+
+    async def _seal_orphan(self, slab: Slab) -> None:
+        try:
+            if (await self.seal(slab)).is_sealed:
+                self._slabs.report_orphan(slab)
+        except AlluxioFuseError as exc:
+            log.error("container %x can't be sealed: %s", slab.container, exc.message)
+
+    # --- SyncContainer ----------------------------------------------------------------------------
+
+    async def sync(self, peer: Peer, request: SyncContainer) -> bool:
+        """The slab's data, then the index that says whose it is."""
+        slab = self._slabs.lock_of(request.lock_id).slab
+        if not slab.directory.is_durable:
+            return False
+        fd = os.dup(self._fd(slab))
+        try:
+            await trio.to_thread.run_sync(_sync, fd, self._slabs, limiter=self._threads)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        finally:
+            os.close(fd)
+        return True
+
+    # --- common -----------------------------------------------------------------------------------
+
+    def _writer(self, lock_id: int) -> Lock:
+        lock = self._slabs.lock_of(lock_id)
+        if not lock.is_writer:
+            raise StaleError(f"lock {lock_id} is not writing: begin again")
+        return lock
+
+    def _fd(self, slab: Slab) -> int:
+        try:
+            return self._slabs.fds.for_writing(slab)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+
+
+def _sync(fd: int, slabs: Slabs) -> None:
+    os.fdatasync(fd)
+    slabs.index.sync()
