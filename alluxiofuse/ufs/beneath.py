@@ -17,6 +17,7 @@ _SYS_OPENAT2 = 437  # the same number on every architecture of Linux
 _RESOLVE_NO_MAGICLINKS = 0x02
 _RESOLVE_NO_SYMLINKS = 0x04
 _RESOLVE_BENEATH = 0x08
+_PATH_MAX = 4096  # the kernel takes no longer path at once
 _EAGAIN_TRIES = 32
 """openat2 answers EAGAIN when a rename elsewhere raced with a RESOLVE_BENEATH lookup."""
 
@@ -85,11 +86,16 @@ def _has_openat2() -> bool:
     return True
 
 
-open_beneath = _openat2 if _has_openat2() else _walk
-"""open_beneath(dir_fd, path, flags): an existing thing at `path` below `dir_fd`, itself for b".".
+_IS_QUICK = _has_openat2()
 
-OSError: ELOOP or ENOTDIR where a component is a symlink (the last one may be, with O_LOOK), EXDEV
-where the path would leave the directory, else as open(2)."""
+
+def open_beneath(dir_fd: int, path: bytes, flags: int) -> int:
+    """An existing thing at `path` below the directory `dir_fd`, itself for b".".
+
+    OSError: ELOOP or ENOTDIR where a component is a symlink (the last one may be, with O_LOOK), EXDEV
+    where the path would leave the directory, else as open(2)."""
+    quickly = _IS_QUICK and len(path) < _PATH_MAX
+    return _openat2(dir_fd, path, flags) if quickly else _walk(dir_fd, path, flags)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ from alluxiofuse.ufs.local_files import (
 from alluxiofuse.ufs.paths import check_new_path, check_path, show
 
 OPTIONS = {"fsync": "true or false: a change is on the medium before it counts as done; default true"}
-_NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.EXDEV}
+_NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _UNAVAILABLE = {
     errno.ESTALE,
     errno.ETIMEDOUT,
@@ -178,7 +178,8 @@ class LocalUnderStorage(UnderStorage):
             if is_cancelled():
                 raise PutCancelled(self._show(path))
 
-        with self._at(path), self._open_parent(path) as parent:
+        name = path.rpartition(b"/")[2]
+        with self._making(path), self._open_parent(path) as parent:
             temp = temp_name()
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
             with opened(os.open(temp, flags, 0o600, dir_fd=parent)) as target:
@@ -189,7 +190,7 @@ class LocalUnderStorage(UnderStorage):
                         os.fsync(target)
                     before = os.fstat(target)
                     go_on()
-                    self._reveal(parent, temp, path)
+                    os.rename(temp, name, src_dir_fd=parent, dst_dir_fd=parent)
                 except BaseException:
                     with suppress(OSError):
                         os.unlink(temp, dir_fd=parent)
@@ -207,7 +208,7 @@ class LocalUnderStorage(UnderStorage):
             return self.stat(path)
         check_new_path(path)
         name = path.rpartition(b"/")[2]
-        with self._at(path), self._open_parent(path) as parent:
+        with self._making(path), self._open_parent(path) as parent:
             try:
                 os.mkdir(name, 0o700, dir_fd=parent)
             except FileExistsError:
@@ -221,18 +222,19 @@ class LocalUnderStorage(UnderStorage):
     def symlink(self, path: bytes, target: bytes, attrs: UfsAttrs) -> UfsEntry:
         """Replaces a file or symlink, like `put`."""
         check_new_path(path)
-        with self._at(path), self._open_parent(path) as parent:
+        name = path.rpartition(b"/")[2]
+        with self._making(path), self._open_parent(path) as parent:
             temp = temp_name()
             os.symlink(target, temp, dir_fd=parent)
             try:
                 self._set(parent, temp, attrs)
-                self._reveal(parent, temp, path)
+                os.rename(temp, name, src_dir_fd=parent, dst_dir_fd=parent)
             except BaseException:
                 with suppress(OSError):
                     os.unlink(temp, dir_fd=parent)
                 raise
             self._sync(parent)
-            return self._look(parent, path.rpartition(b"/")[2], path)
+            return self._look(parent, name, path)
 
     def set_attrs(self, path: bytes, attrs: UfsAttrs) -> UfsEntry:
         check_path(path)
@@ -246,8 +248,9 @@ class LocalUnderStorage(UnderStorage):
         old, new = source.rpartition(b"/")[2], target.rpartition(b"/")[2]
         with self._at(source), self._open_parent(source, is_made=False) as old_parent:
             moved = os.stat(old, dir_fd=old_parent, follow_symlinks=False)
-            with self._at(target), self._open_parent(target) as new_parent:
-                os.rename(old, new, src_dir_fd=old_parent, dst_dir_fd=new_parent)
+            with self._making(target), self._open_parent(target) as new_parent:
+                with self._at(source):
+                    self._move(old_parent, old, new_parent, new)
                 if source != target and moved.st_nlink > 1 and not stat_bits.S_ISDIR(moved.st_mode):
                     # rename(2) of two links to one file does nothing, and leaves the source.
                     unlink_same(old_parent, old, moved)
@@ -292,6 +295,21 @@ class LocalUnderStorage(UnderStorage):
         try:
             yield
         except OSError as error:
+            raise self._error(error, path) from None
+
+    @contextmanager
+    def _making(self, path: bytes) -> Iterator[None]:
+        """As `_at`, around what makes a new name: nothing is "not found" then. A parent is no
+        directory, or it was removed under our hands."""
+        try:
+            yield
+        except OSError as error:
+            if error.errno == errno.ENOENT:
+                text = f"{self._show(path)}: its directory was removed meanwhile"
+                raise UfsUnavailableError(text) from None
+            if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                text = f"{self._show(path)}: something above it is not a directory"
+                raise UfsError(text, errno=errno.ENOTDIR) from None
             raise self._error(error, path) from None
 
     def _error(self, error: OSError, path: bytes) -> UfsError:
@@ -342,12 +360,7 @@ class LocalUnderStorage(UnderStorage):
             try:
                 fd = open_beneath(root, parent, O_DIR)
             except OSError as error:
-                if not is_made:
-                    raise
-                if error.errno in (errno.ENOTDIR, errno.ELOOP):
-                    text = f"{self._show(parent)}: not a directory"
-                    raise UfsError(text, errno=errno.ENOTDIR) from None
-                if error.errno != errno.ENOENT:
+                if not is_made or error.errno != errno.ENOENT:
                     raise
                 fd = self._make_dirs(root, parent)
             with opened(fd):
@@ -378,11 +391,16 @@ class LocalUnderStorage(UnderStorage):
             raise UfsError(f"{self._show(path)} is no regular file", errno=code)
         return seen
 
-    def _reveal(self, parent: int, temp: bytes, path: bytes) -> None:
+    def _move(self, old_parent: int, old: bytes, new_parent: int, new: bytes) -> None:
         try:
-            os.rename(temp, path.rpartition(b"/")[2], src_dir_fd=parent, dst_dir_fd=parent)
+            os.rename(old, new, src_dir_fd=old_parent, dst_dir_fd=new_parent)
         except FileNotFoundError:
-            raise UfsUnavailableError(f"{self._show(path)}: its directory was removed meanwhile") from None
+            os.stat(old, dir_fd=old_parent, follow_symlinks=False)  # raises: it is the source that is gone
+            text = f"{self.uri}: the directory of {show(new)} was removed meanwhile"
+            raise UfsUnavailableError(text) from None
+        except NotADirectoryError:
+            text = f"{self.uri}: {show(new)} is a file where a directory is to be put"
+            raise UfsError(text, errno=errno.ENOTDIR) from None
 
     def _set(self, at: int, name: bytes, attrs: UfsAttrs) -> None:
         """By a descriptor of the thing itself, so that a symlink swapped in is never followed."""

@@ -200,6 +200,53 @@ def test_young_directory_has_no_fingerprint(store: LocalUnderStorage, place: Pat
     assert store.stat(b"d").fingerprint != old_enough[0]
 
 
+def test_paths_longer_than_the_kernel_takes_at_once(store: LocalUnderStorage) -> None:
+    path = b"/".join([b"d" * 200] * 30)
+    made = put(store, path, b"deep")
+    assert store.stat(path).fingerprint == made.fingerprint
+    assert bytes(store.read(path, 0, 10, made.fingerprint)) == b"deep"
+    store.rename(path, path + b"x")
+    assert names(store, path.rpartition(b"/")[0]) == [path + b"x"]
+    store.delete(path + b"x")
+
+
+def test_kinds_that_do_not_fit(store: LocalUnderStorage) -> None:
+    """None of these may look like a source that is gone."""
+    put(store, b"file", b"")
+    store.mkdir(b"dir", ATTRS)
+    calls: list[Callable[[], object]] = [
+        lambda: store.rename(b"dir", b"file"),
+        lambda: store.rename(b"dir", b"file/below"),
+        lambda: store.copy(b"file", b"file/below"),
+        lambda: put(store, b"file/a/b", b""),
+        lambda: store.mkdir(b"file/a", ATTRS),
+        lambda: store.symlink(b"file/a", b"t", ATTRS),
+    ]
+    for call in calls:
+        with pytest.raises(UfsError) as caught:
+            call()
+        assert not isinstance(caught.value, UfsNotFoundError)
+        assert caught.value.errno == errno.ENOTDIR
+
+
+@needs_root
+def test_rename_between_nested_mounts_is_refused(store: LocalUnderStorage, place: Path) -> None:
+    put(store, b"f", b"x")
+    (place / "nested").mkdir()
+    target = str(place / "nested")
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", target], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"no mounts here: {mounted.stderr.strip()}")
+    try:
+        with pytest.raises(UfsError) as caught:
+            store.rename(b"f", b"nested/f")
+        assert caught.value.errno == errno.EXDEV
+        store.copy(b"f", b"nested/f")
+        assert names(store, b"nested") == [b"nested/f"]
+    finally:
+        subprocess.run(["umount", target], check=True)
+
+
 def test_hard_links_renamed_over_each_other(store: LocalUnderStorage, place: Path) -> None:
     put(store, b"a", b"same")
     os.link(place / "a", place / "b")
