@@ -16,6 +16,7 @@ from alluxiofuse.master import places
 from alluxiofuse.master.records import MountRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities, UnderStorage
+from alluxiofuse.ufs.registry import is_secret
 from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.types import MountInfo
 
@@ -24,21 +25,14 @@ THREADS_PER_MOUNT = 32
 """Calls of one under storage at once, by the master."""
 
 
-def _keep_none(options: dict[str, str]) -> dict[str, str]:
-    return {}
-
-
 class MountTable:
     def __init__(
         self,
         store: Store,
         open_ufs: OpenUfs,
-        redact: Callable[[dict[str, str]], dict[str, str]] = _keep_none,
     ) -> None:
-        """`redact` gives the options without those that are secrets (default: without any)."""
         self._store = store
         self._open_ufs = open_ufs
-        self._redact = redact
         self._records: dict[int, MountRecord] = {}
         self._storages: dict[int, UnderStorage] = {}
         self._limiters: dict[int, trio.CapacityLimiter] = {}
@@ -92,7 +86,7 @@ class MountTable:
         record = self._existing(mount_id)
         inode = self._store.inode(record.ino)
         path = b"/" if inode is None else places.namespace_path(self._store, record.ino, inode)
-        options = dict(record.options) if with_secrets else self._redact(dict(record.options))
+        options = {k: v for k, v in record.options.items() if with_secrets or not is_secret(k)}
         return MountInfo(mount_id, path, record.uri, record.is_readonly, record.sync_interval_s, options)
 
     # --- changing ---------------------------------------------------------------------------------

@@ -380,7 +380,7 @@ class JobRunner:
         if record is None or record.location is None:
             return b""
         base, name, count = record.location, b"", 0
-        for name, value in self._store.scan("edge", u64(ino), after):  # noqa: B007
+        for name, value in self._store.scan("edge", u64(ino), after):
             count += 1
             self._push_child(tx, int.from_bytes(value, "big"), ino, name, places.join(base, name))
             if count >= _CHILDREN_PER_COMMIT:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Protocol
 
 from alluxiofuse.master import places
+from alluxiofuse.master.recent_paths import RecentPaths
 from alluxiofuse.master.records import (
     INTENT_RENAME,
     SYNC_ATTRS,
@@ -23,7 +24,6 @@ from alluxiofuse.master.records import (
     RemoveEntry,
     SyncEntry,
 )
-from alluxiofuse.master.recent_paths import RecentPaths
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities
 
