@@ -7,7 +7,6 @@ daemon end before the daemon, so that nobody is served by half of one.
 from __future__ import annotations
 
 import logging
-import os
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -19,12 +18,15 @@ import trio
 
 from alluxiofuse.cli.lifecycle import running
 from alluxiofuse.config import MasterConfig, WorkerConfig
-from alluxiofuse.errors import UfsUnavailableError, UserError
+from alluxiofuse.errors import ConnectionLost, UfsUnavailableError, UnavailableError, UserError
 from alluxiofuse.rpc.address import TcpAddress, UnixAddress
 from alluxiofuse.rpc.base import Connection, Service
 from alluxiofuse.rpc.client import Reconnecting, connect
+from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.rpc.security import Security
 from alluxiofuse.rpc.server import serve_tcp, serve_unix
+from alluxiofuse.wire.master_ops import ListWorkers
+from alluxiofuse.wire.worker_ops import WorkerReport
 
 if TYPE_CHECKING:
     from alluxiofuse.master.master import Master
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 UFS_CHECK_TIMEOUT_S = 45.0
+MASTER_PATIENCE_S = 10.0
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not bound
 
 
@@ -118,19 +121,39 @@ async def running_worker(
     async with listening(
         worker.service, security, tcp=tcp_of(config.host, config.port), unix=unix
     ) as address:
-        config.port = address.port if address is not None else 0
-        if config.host in WILDCARDS:
-            config.host = hostname
+        worker.advertise(
+            host=hostname if config.host in WILDCARDS else config.host,
+            port=address.port if address is not None else 0,
+            unix_path=config.unix_path,
+        )
         async with running(worker.run):
+            await worker.wait_registered()
             yield worker, address
+
+
+async def worker_id_of(worker: Worker) -> int:
+    """Which the master gave it."""
+    connection = InProcess(worker.service, "start")
+    try:
+        return (await connection.call(WorkerReport())).worker_id
+    finally:
+        await connection.aclose()
 
 
 @asynccontextmanager
 async def reconnecting(address: TcpAddress | UnixAddress, security: Security) -> AsyncIterator[Reconnecting]:
-    """A connection to a master that comes back; dialled when it is first used."""
+    """A connection to a master that comes back. Waits, with a word in the log, for one that does not
+    answer yet; AuthError and ProtocolError at once. The cluster id is learnt from it."""
     async with trio.open_nursery() as nursery:
-        connection = Reconnecting(partial(connect, nursery, address, role="master", security=security))
+
+        async def dial() -> Connection:
+            connection = await connect(nursery, address, role="master", security=security)
+            security.cluster_id = security.cluster_id or connection.cluster_id
+            return connection
+
+        connection = Reconnecting(dial, patience_s=MASTER_PATIENCE_S)
         try:
+            await _wait_for_master(connection)
             yield connection
         finally:
             with trio.CancelScope(shield=True):
@@ -138,13 +161,14 @@ async def reconnecting(address: TcpAddress | UnixAddress, security: Security) ->
             nursery.cancel_scope.cancel()
 
 
+async def _wait_for_master(connection: Connection) -> None:
+    while True:
+        try:
+            await connection.call(ListWorkers())
+            return
+        except (UnavailableError, ConnectionLost) as exc:
+            log.warning("no master yet: %s", exc.message)
+
+
 def this_host() -> str:
     return socket.gethostname()
-
-
-def make_private_directory(path: Path) -> None:
-    """Mode 0700, with parents. UserError when it can't be."""
-    try:
-        path.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as exc:
-        raise UserError(f"{path} can't be made: {os.strerror(exc.errno or 0)}") from None

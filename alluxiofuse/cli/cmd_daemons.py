@@ -78,10 +78,15 @@ def master(
             raise UserError("no state directory: give --state DIR")
     shared.set_up_logging(log_level)
     with StateDir(config.master.state_dir) as directory:
-        config.master.state_dir = str(directory.path)
+        config.master.state_dir = str(directory.master_directory)
         config.master.unix_path = config.master.unix_path or str(directory.master_socket)
         life = Life()
-        life.run(lambda _: _master(config, life), lambda: print_ready(life.ready_text))
+        life.run(lambda _: _master(config, life), lambda: _ready(life, directory))
+
+
+def _ready(life: Life, directory: StateDir) -> None:
+    directory.is_started = True
+    print_ready(life.ready_text)
 
 
 @asynccontextmanager
@@ -145,10 +150,10 @@ def worker(
         parse_address(config.cluster.master or DEFAULT_MASTER)
     shared.set_up_logging(log_level)
     with StateDir(config.worker.state_dir) as directory:
-        config.worker.state_dir = str(directory.path)
+        config.worker.state_dir = str(directory.worker_directory)
         config.worker.unix_path = config.worker.unix_path or str(directory.worker_socket)
         life = Life()
-        life.run(lambda _: _worker(config, life, hostname), lambda: print_ready(life.ready_text))
+        life.run(lambda _: _worker(config, life, hostname), lambda: _ready(life, directory))
 
 
 @asynccontextmanager

@@ -12,7 +12,7 @@ from alluxiofuse.cli.state_dir import LOCK_NAME, StateDir
 from alluxiofuse.cli.tiers import REMEMBERED, default_mem_directory
 from alluxiofuse.errors import UserError
 
-OURS = ("meta", "worker", "cache", REMEMBERED)
+OURS = ("master", "worker", "cache", REMEMBERED)
 """What daemons make in a state directory, beside sockets and the lock."""
 
 
@@ -30,7 +30,7 @@ def format_command(state: str, force: bool) -> None:
     if not path.is_dir():
         raise UserError(f"{state} is no state directory: there is nothing to format")
     with StateDir(path) as directory:
-        found = sorted(name for name in _names(directory.path) if name in OURS or name.startswith("index"))
+        found = sorted(name for name in _names(directory.path) if name in OURS)
         mem = default_mem_directory(directory.path)
         if found and not force:
             _confirm(directory.path)

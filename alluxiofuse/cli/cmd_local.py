@@ -122,6 +122,7 @@ def local(
             _fill_in(plan)
 
         def ready() -> None:
+            directory.is_started = True
             print_ready(f"{config.master.ufs or 'the namespace'} is mounted at {plan.mount}")
             if hints:
                 say_hints(config.master.ufs, mount)
@@ -137,11 +138,11 @@ def absolute_uri(uri: str) -> str:
 def _fill_in(plan: Plan) -> None:
     """What depends on the state directory: sockets, default tiers, no TCP."""
     config, state = plan.config, plan.state
-    config.master.state_dir = str(state.path)
+    config.master.state_dir = str(state.master_directory)
     config.master.unix_path = str(state.master_socket)
     config.master.port = plan.tcp.port if plan.tcp else -1
     config.master.host = plan.tcp.host if plan.tcp else config.master.host
-    config.worker.state_dir = str(state.path / "worker")
+    config.worker.state_dir = str(state.worker_directory)
     config.worker.unix_path = str(state.worker_socket)
     config.worker.port = 0 if plan.tcp else -1
     config.worker.host = config.master.host
@@ -173,7 +174,7 @@ async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
             hostname=hostname,
             security=security,
             patience_s=config.client.patience_s,
-            in_process={worker.worker_id: InProcess(worker.service, "mount")},
+            in_process={await assembly.worker_id_of(worker): InProcess(worker.service, "mount")},
         )
         name = f"fuse {plan.mount}"
         filesystem = FileSystem(connection, pool, config.client, name=name, hostname=hostname)

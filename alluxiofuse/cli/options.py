@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -141,7 +143,9 @@ def _value_of_variable(key: str, name: str) -> str:
 
 
 def set_up_logging(level: str) -> None:
-    """Logs of all daemons in this process, to stderr. Libraries speak from warnings on."""
+    """Logs of all daemons in this process, to stderr. Libraries speak from warnings on. SIGUSR2 writes
+    the stacks of all threads there, for a daemon that seems to hang."""
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger()

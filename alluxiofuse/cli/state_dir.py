@@ -1,13 +1,18 @@
 """A daemon's state directory: made, recognised, and owned by one process at a time.
 
-Every state directory holds a file `lock`. It is locked (flock) as long as its daemon lives and
-holds the daemon's pid; and it marks the directory as ours.
+lock                         locked (flock) while its daemon lives, holds the daemon's pid, and marks
+                             the directory as ours
+master.sock, worker.sock     Unix sockets, while the daemon lives
+master/                      the master's metadata
+worker/                      the worker's index
+cache/, default-tiers.json   of `local` without --tier
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import shutil
 from pathlib import Path
 from types import TracebackType
 
@@ -22,18 +27,27 @@ class StateDir:
     """`with StateDir(path) as state:` - ours until the block ends; made if need be.
 
     UserError: another process uses it. StateError: it is no directory, not ours to write, or holds
-    other files and no lock file of ours. A directory that was made here and is still empty (but for
-    the lock) at the end is removed again.
+    other files and no lock file of ours. A directory that was made here is removed again, unless the
+    block sets `is_started`: a start that failed leaves nothing.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(os.path.abspath(path))
         self._fd = -1
         self._was_made = False
+        self.is_started = False
 
     @property
     def master_socket(self) -> Path:
         return self.path / MASTER_SOCKET
+
+    @property
+    def master_directory(self) -> Path:
+        return self.path / "master"
+
+    @property
+    def worker_directory(self) -> Path:
+        return self.path / "worker"
 
     @property
     def worker_socket(self) -> Path:
@@ -58,14 +72,8 @@ class StateDir:
             self._fd = -1
 
     def _remove_if_new(self) -> None:
-        """Leave nothing of a start that failed before anything was stored."""
-        if self._was_made:
-            try:
-                if os.listdir(self.path) in ([LOCK_NAME], []):
-                    (self.path / LOCK_NAME).unlink(missing_ok=True)
-                    self.path.rmdir()
-            except OSError:
-                pass
+        if self._was_made and not self.is_started:
+            shutil.rmtree(self.path, ignore_errors=True)
 
 
 def _make(path: Path) -> bool:
