@@ -7,6 +7,7 @@ daemon end before the daemon, so that nobody is served by half of one.
 from __future__ import annotations
 
 import logging
+import shutil
 import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -30,6 +31,7 @@ from alluxiofuse.wire.worker_ops import WorkerReport
 
 if TYPE_CHECKING:
     from alluxiofuse.master.master import Master
+    from alluxiofuse.worker.slabs import Slabs
     from alluxiofuse.worker.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -111,13 +113,19 @@ async def running_master(
 
 @asynccontextmanager
 async def running_worker(
-    config: WorkerConfig, master: Connection, security: Security, hostname: str
+    config: WorkerConfig,
+    master: Connection,
+    security: Security,
+    hostname: str,
+    disposable: Path | None = None,
 ) -> AsyncIterator[tuple[Worker, TcpAddress | None]]:
-    """A worker with its sockets, registered at the master."""
+    """A worker with its sockets, registered at the master. `disposable`: a storage directory in
+    memory that is removed at the end, if nothing in it is only there."""
     from alluxiofuse.worker.worker import Worker
 
     worker = Worker(config, master, hostname=hostname)
     unix = Path(config.unix_path) if config.unix_path else None
+    slabs = None
     async with listening(
         worker.service, security, tcp=tcp_of(config.host, config.port), unix=unix
     ) as address:
@@ -128,7 +136,19 @@ async def running_worker(
         )
         async with running(worker.run):
             await worker.wait_registered()
+            slabs = worker.slabs
             yield worker, address
+    if disposable is not None and slabs is not None and not _holds_dirty(slabs, disposable):
+        shutil.rmtree(disposable, ignore_errors=True)
+
+
+def _holds_dirty(slabs: Slabs, directory: Path) -> bool:
+    """After the worker ended: is there anything in `directory` that no under storage has?"""
+    from alluxiofuse.worker.slab import CLEAN
+
+    return any(
+        slab.state != CLEAN and Path(slab.directory.root) == directory for slab in slabs.by_container.values()
+    )
 
 
 async def worker_id_of(worker: Worker) -> int:

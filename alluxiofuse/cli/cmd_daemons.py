@@ -169,5 +169,6 @@ async def _worker(config: Config, life: Life, hostname: str | None) -> AsyncIter
             address,
         ),
     ):
-        life.ready_text = f"worker {running.worker_id} at {address or 'unix:' + config.worker.unix_path}"
+        worker_id = await assembly.worker_id_of(running)
+        life.ready_text = f"worker {worker_id} at {address or 'unix:' + config.worker.unix_path}"
         yield

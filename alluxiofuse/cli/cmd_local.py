@@ -16,7 +16,7 @@ from alluxiofuse.cli.fs_context import security_of
 from alluxiofuse.cli.lifecycle import Life, print_ready, running
 from alluxiofuse.cli.outcome import complain, starting
 from alluxiofuse.cli.state_dir import StateDir
-from alluxiofuse.cli.tiers import check_tiers, default_tiers
+from alluxiofuse.cli.tiers import check_tiers, default_mem_directory, default_tiers
 from alluxiofuse.config import Config
 from alluxiofuse.config_load import merge_tiers, parse_tier
 from alluxiofuse.errors import UserError
@@ -161,9 +161,12 @@ async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
     from alluxiofuse.rpc.inprocess import InProcess
 
     config, security, hostname = plan.config, security_of(plan.config), assembly.this_host()
+    memory = default_mem_directory(plan.state.path)
     async with (
         assembly.running_master(config.master, security, is_one_process=True) as (master, _),
-        assembly.running_worker(config.worker, InProcess(master.service, "worker"), security, hostname) as (
+        assembly.running_worker(
+            config.worker, InProcess(master.service, "worker"), security, hostname, memory
+        ) as (
             worker,
             _,
         ),

@@ -72,7 +72,8 @@ class StateDir:
             self._fd = -1
 
     def _remove_if_new(self) -> None:
-        if self._was_made and not self.is_started:
+        # A worker's directories elsewhere carry its identity, which is in here from then on.
+        if self._was_made and not self.is_started and not self.worker_directory.exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
 
