@@ -87,7 +87,7 @@ class Operations(pyfuse3.Operations):
     async def lookup(
         self, parent_inode: int, name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        parent = self.view.ours(parent_inode)
+        parent = self._parent_for(parent_inode, name)
         since = self.view.changes.now
         if name in (b".", b".."):
             return await self._lookup_dot(parent, name, since)
@@ -130,7 +130,7 @@ class Operations(pyfuse3.Operations):
     async def mknod(
         self, parent_inode: int, name: bytes, mode: int, rdev: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        parent, since = self._parent_for(parent_inode, name), self.view.changes.now
         attr = await self.fs.mknod(_caller(ctx), parent, name, mode, rdev)
         return self._made(attr, parent, name, since)
 
@@ -138,7 +138,7 @@ class Operations(pyfuse3.Operations):
     async def mkdir(
         self, parent_inode: int, name: bytes, mode: int, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        parent, since = self._parent_for(parent_inode, name), self.view.changes.now
         attr = await self.fs.mkdir(_caller(ctx), parent, name, stat.S_IMODE(mode))
         return self._made(attr, parent, name, since)
 
@@ -146,7 +146,7 @@ class Operations(pyfuse3.Operations):
     async def symlink(
         self, parent_inode: int, name: bytes, target: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        parent, since = self._parent_for(parent_inode, name), self.view.changes.now
         attr = await self.fs.symlink(_caller(ctx), parent, name, target)
         return self._made(attr, parent, name, since)
 
@@ -154,11 +154,12 @@ class Operations(pyfuse3.Operations):
     async def link(
         self, inode: int, new_parent_inode: int, new_name: bytes, ctx: pyfuse3.RequestContext
     ) -> pyfuse3.EntryAttributes:
-        parent, since = self._parent_of_new(new_parent_inode, new_name), self.view.changes.now
+        parent, since = self._parent_for(new_parent_inode, new_name), self.view.changes.now
         attr = await self.fs.link(_caller(ctx), self.view.ours(inode), parent, new_name)
         return self._made(attr, parent, new_name, since)
 
-    def _parent_of_new(self, parent_inode: int, name: bytes) -> int:
+    def _parent_for(self, parent_inode: int, name: bytes) -> int:
+        """Our number of the directory; names that are too long for us are not for the kernel."""
         if len(name) > MAX_NAME_BYTES:
             raise FsError(errno.ENAMETOOLONG)
         return self.view.ours(parent_inode)
@@ -192,7 +193,7 @@ class Operations(pyfuse3.Operations):
         if flags & ~RENAME_NOREPLACE:
             raise FsError(errno.EINVAL)  # RENAME_EXCHANGE, RENAME_WHITEOUT
         old = self.view.ours(parent_inode_old)
-        new = self._parent_of_new(parent_inode_new, name_new)
+        new = self._parent_for(parent_inode_new, name_new)
         done = await self.fs.rename(_caller(ctx), old, name_old, new, name_new, flags)
         self._removed(old, name_old, done.ino)
         self._changed(new, (new, name_new), *([done.replaced.ino] if done.replaced else []))
@@ -311,7 +312,7 @@ class Operations(pyfuse3.Operations):
     async def create(
         self, parent_inode: int, name: bytes, mode: int, flags: int, ctx: pyfuse3.RequestContext
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
-        parent, since = self._parent_of_new(parent_inode, name), self.view.changes.now
+        parent, since = self._parent_for(parent_inode, name), self.view.changes.now
         attr, file = await self.fs.create(_caller(ctx), parent, name, stat.S_IMODE(mode), flags)
         if attr.size == 0 and attr.btime_ns == attr.mtime_ns == attr.ctime_ns and self.fs.is_watch_healthy:
             self._xattrs.learn(attr.ino, frozenset())  # just made, as nothing has touched it since

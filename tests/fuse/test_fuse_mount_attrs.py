@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import struct
 import subprocess
 import sys
 import time
@@ -24,6 +25,13 @@ def as_user(uid: int, code: str, *arguments: str) -> int:
     """Exit code of Python code run as a user without privileges."""
     script = f"import os, sys, stat\nos.setgroups([]); os.setgid({uid}); os.setuid({uid})\n{code}"
     return subprocess.run([sys.executable, "-c", script, *arguments], check=False).returncode
+
+
+@pytest.fixture
+def open_here(shared_local: LocalDaemon, here: Path) -> Path:
+    """`here`, which other users can reach: the site's own directory is private."""
+    shared_local.base.chmod(0o711)
+    return here
 
 
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="changing users needs root")
@@ -109,31 +117,31 @@ def test_chown(here: Path) -> None:
 
 
 @needs_root
-def test_permissions_are_enforced(here: Path) -> None:
-    (here / "secret").write_text("x")
-    (here / "secret").chmod(0o600)
-    (here / "open").write_text("x")
-    (here / "open").chmod(0o644)
-    here.chmod(0o755)
+def test_permissions_are_enforced(open_here: Path) -> None:
+    (open_here / "secret").write_text("x")
+    (open_here / "secret").chmod(0o600)
+    (open_here / "open").write_text("x")
+    (open_here / "open").chmod(0o644)
+    open_here.chmod(0o755)
     read = "open(sys.argv[1]).read()"
-    assert as_user(1000, read, str(here / "open")) == 0
-    assert as_user(1000, read, str(here / "secret")) == 1
-    assert as_user(1000, "open(sys.argv[1], 'w')", str(here / "open")) == 1
-    assert as_user(1000, "os.mkdir(sys.argv[1])", str(here / "new")) == 1
-    here.chmod(0o777)
-    assert as_user(1000, "open(sys.argv[1], 'x').write('mine')", str(here / "new")) == 0
-    assert ((here / "new").stat().st_uid, (here / "new").stat().st_gid) == (1000, 1000)
-    here.chmod(0o1777)
-    assert as_user(1001, "os.unlink(sys.argv[1])", str(here / "new")) == 1  # sticky
-    assert as_user(1000, "os.unlink(sys.argv[1])", str(here / "new")) == 0
+    assert as_user(1000, read, str(open_here / "open")) == 0
+    assert as_user(1000, read, str(open_here / "secret")) == 1
+    assert as_user(1000, "open(sys.argv[1], 'w')", str(open_here / "open")) == 1
+    assert as_user(1000, "os.mkdir(sys.argv[1])", str(open_here / "new")) == 1
+    open_here.chmod(0o777)
+    assert as_user(1000, "open(sys.argv[1], 'x').write('mine')", str(open_here / "new")) == 0
+    assert ((open_here / "new").stat().st_uid, (open_here / "new").stat().st_gid) == (1000, 1000)
+    open_here.chmod(0o1777)
+    assert as_user(1001, "os.unlink(sys.argv[1])", str(open_here / "new")) == 1  # sticky
+    assert as_user(1000, "os.unlink(sys.argv[1])", str(open_here / "new")) == 0
 
 
 @needs_root
-def test_writing_takes_away_setuid(here: Path) -> None:
-    path = here / "file"
+def test_writing_takes_away_setuid(open_here: Path) -> None:
+    path = open_here / "file"
     path.write_text("x")
     path.chmod(0o6777)
-    here.chmod(0o777)
+    open_here.chmod(0o777)
     assert as_user(1000, "f = open(sys.argv[1], 'a'); f.write('y'); f.close()", str(path)) == 0
     assert stat.S_IMODE(path.stat().st_mode) == 0o777
 
@@ -180,21 +188,23 @@ def test_extended_attributes(here: Path) -> None:
     assert os.getxattr(path, "user.big") == b"v" * 60_000
 
 
-def test_namespaces_of_extended_attributes(here: Path) -> None:
-    path = here / "file"
+def test_namespaces_of_extended_attributes(open_here: Path) -> None:
+    path = open_here / "file"
     path.touch()
-    for name in ("system.posix_acl_access", "nonsense.x"):
-        with raises(errno.EOPNOTSUPP):
-            os.setxattr(path, name, b"x")
+    with raises(errno.EOPNOTSUPP):
+        os.setxattr(path, "nonsense.x", b"x")
+    acl = struct.pack("<IHHIHHIHHI", 2, 1, 6, 0xFFFFFFFF, 4, 4, 0xFFFFFFFF, 32, 4, 0xFFFFFFFF)
+    with raises(errno.EOPNOTSUPP):
+        os.setxattr(path, "system.posix_acl_access", acl)
     with raises(errno.EOPNOTSUPP):
         os.getxattr(path, "system.posix_acl_access")
-    os.setxattr(here, "user.on-directory", b"x")
-    assert os.listxattr(here) == ["user.on-directory"]
+    os.setxattr(open_here, "user.on-directory", b"x")
+    assert os.listxattr(open_here) == ["user.on-directory"]
     if os.geteuid() == 0:
         os.setxattr(path, "trusted.x", b"root's")
         os.setxattr(path, "security.x", b"y")
         assert set(os.listxattr(path)) == {"trusted.x", "security.x"}
-        here.chmod(0o755)
+        open_here.chmod(0o755)
         assert as_user(1000, "assert 'trusted.x' not in os.listxattr(sys.argv[1])", str(path)) == 0
 
 
