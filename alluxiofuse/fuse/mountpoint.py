@@ -15,6 +15,7 @@ from alluxiofuse.errors import UserError
 
 FSTYPE = "fuse.alluxiofuse"
 MOUNTINFO = Path("/proc/self/mountinfo")
+AnyPath = str | bytes | os.PathLike[str]
 _DEAD_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
 _FUSERMOUNT_TIMEOUT_S = 30.0
 
@@ -80,7 +81,7 @@ def mounts() -> list[Mount]:
     return parse_mountinfo(MOUNTINFO.read_bytes())
 
 
-def mount_at(path: str | bytes) -> Mount | None:
+def mount_at(path: AnyPath) -> Mount | None:
     """What is mounted exactly at `path` (absolute, no symlinks), the topmost."""
     wanted = os.fsencode(path)
     found = None
@@ -90,7 +91,7 @@ def mount_at(path: str | bytes) -> Mount | None:
     return found
 
 
-def find_mount(path: str | bytes) -> Place | None:
+def find_mount(path: AnyPath) -> Place | None:
     """The mount of ours that `path` is on; None when it is on another filesystem. Symlinks are
     resolved (also on the mount, which therefore must answer); the path need not exist."""
     real = os.path.realpath(os.fsencode(path))
@@ -105,7 +106,7 @@ def find_mount(path: str | bytes) -> Place | None:
     return Place(best, b"/" + real[len(best.path) :].lstrip(b"/"))
 
 
-def prepare(path: str | bytes, *, is_nonempty_allowed: bool = False) -> list[str]:
+def prepare(path: AnyPath, *, is_nonempty_allowed: bool = False) -> list[str]:
     """Make sure that something can be mounted at `path`; before anything is started. UserError says
     what is in the way. A dead mount that a crashed daemon of ours left behind is cleared away.
 
@@ -134,7 +135,7 @@ def prepare(path: str | bytes, *, is_nonempty_allowed: bool = False) -> list[str
     return notes
 
 
-def _has_entries(path: str | bytes) -> bool:
+def _has_entries(path: AnyPath) -> bool:
     try:
         with os.scandir(path) as entries:
             return next(entries, None) is not None
@@ -142,7 +143,7 @@ def _has_entries(path: str | bytes) -> bool:
         raise UserError(f"cannot mount at {os.fsdecode(path)}: {exc.strerror}") from None
 
 
-def _clear_dead(path: str | bytes) -> str:
+def _clear_dead(path: AnyPath) -> str:
     shown = os.fsdecode(path)
     mount = mount_at(_resolved(path))
     if mount is None or not mount.is_ours:
@@ -152,14 +153,14 @@ def _clear_dead(path: str | bytes) -> str:
     return f"{shown}: cleared away the mount that a crashed daemon had left behind"
 
 
-def _resolved(path: str | bytes) -> bytes:
+def _resolved(path: AnyPath) -> bytes:
     """Absolute, without symlinks above the last component: what is mounted there may be dead, and
     must not be touched."""
     parent, name = os.path.split(os.path.abspath(os.fsencode(path)))
     return os.path.join(os.path.realpath(parent), name)
 
 
-def umount(path: str | bytes, *, is_lazy: bool = False) -> None:
+def umount(path: AnyPath, *, is_lazy: bool = False) -> None:
     """Unmount what is mounted at `path`; UserError in one line when it can't be done. Blocks until the
     filesystem has answered what the kernel still wants. Lazy: at once, even if it is in use."""
     shown = os.fsdecode(path)
