@@ -17,9 +17,10 @@ from alluxiofuse.master import places
 from alluxiofuse.master.changes import Changes
 from alluxiofuse.master.containers import forget_container, give_container, new_container, owner
 from alluxiofuse.master.events import Events
-from alluxiofuse.master.namespace import Namespace, check_name, is_clean
+from alluxiofuse.master.namespace import Namespace, check_name
 from alluxiofuse.master.permissions import EXECUTE, READ, WRITE, require
 from alluxiofuse.master.persist_log import PersistLog
+from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store, Transaction, u64

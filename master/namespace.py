@@ -15,6 +15,7 @@ from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.loading import Gate
 from alluxiofuse.master.permissions import EXECUTE, READ, require
+from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import Tree
@@ -34,16 +35,10 @@ def check_name(name: bytes) -> None:
         raise FsError(errno.EINVAL)
 
 
-def is_clean(record: InodeRecord) -> bool:
-    """The under storage has exactly the content that the file has."""
-    return record.is_in_ufs and record.ufs_container == record.container and not record.home
-
-
 def persistence(record: InodeRecord) -> int:
     if record.is_local_only:
         return NOT_PERSISTED
-    is_there = is_clean(record) if stat.S_ISREG(record.mode) else record.is_in_ufs
-    return PERSISTED if is_there and record.location is None else TO_BE_PERSISTED
+    return PERSISTED if is_clean(record) and record.location is None else TO_BE_PERSISTED
 
 
 class Namespace:
