@@ -16,7 +16,7 @@ from alluxiofuse.master import places
 from alluxiofuse.master.records import MountRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities, UnderStorage
-from alluxiofuse.ufs.registry import is_secret
+from alluxiofuse.ufs.registry import redact
 from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.types import MountInfo
 
@@ -30,9 +30,12 @@ class MountTable:
         self,
         store: Store,
         open_ufs: OpenUfs,
+        redact: Callable[[dict[str, str]], dict[str, str]] = redact,
     ) -> None:
+        """Options that `redact` changes are secrets."""
         self._store = store
         self._open_ufs = open_ufs
+        self._redact = redact
         self._records: dict[int, MountRecord] = {}
         self._storages: dict[int, UnderStorage] = {}
         self._limiters: dict[int, trio.CapacityLimiter] = {}
@@ -56,6 +59,10 @@ class MountTable:
             record = self._existing(mount_id)
             found = self._storages[mount_id] = self._open_ufs(record.uri, dict(record.options))
         return found
+
+    def open(self, uri: str, options: dict[str, str]) -> UnderStorage:
+        """A connector that is not in the table (to probe it). Thread-safe; the caller closes it."""
+        return self._open_ufs(uri, options)
 
     def limiter(self, mount_id: int) -> trio.CapacityLimiter:
         """For trio.to_thread.run_sync of this mount's calls."""
@@ -86,7 +93,8 @@ class MountTable:
         record = self._existing(mount_id)
         inode = self._store.inode(record.ino)
         path = b"/" if inode is None else places.namespace_path(self._store, record.ino, inode)
-        options = {k: v for k, v in record.options.items() if with_secrets or not is_secret(k)}
+        shown = record.options if with_secrets else self._redact(dict(record.options))
+        options = {name: value for name, value in record.options.items() if shown.get(name) == value}
         return MountInfo(mount_id, path, record.uri, record.is_readonly, record.sync_interval_s, options)
 
     # --- changing ---------------------------------------------------------------------------------

@@ -24,6 +24,7 @@ from alluxiofuse.master.persist_plan import Job, Kind, is_clean
 from alluxiofuse.master.records import (
     INTENT_MAKE,
     INTENT_RENAME,
+    LISTED,
     SYNC_ATTRS,
     SYNC_CONTENT,
     SYNC_NAME,
@@ -228,7 +229,8 @@ class JobRunner:
 
         def make(storage: UnderStorage) -> UfsEntry:
             if kind is Kind.MKDIR:
-                return storage.mkdir(path, attrs)
+                made = storage.mkdir(path, attrs)  # one that a put below made keeps its attributes
+                return storage.set_attrs(path, attrs) if storage.capabilities.has_posix_attrs else made
             if kind is Kind.SYMLINK:
                 return storage.symlink(path, target, attrs)
             with tempfile.TemporaryFile() as file:
@@ -322,7 +324,7 @@ class JobRunner:
         tx = self._store.transaction()
         ino, mount_id, source, target = job.ino, job.mount_id, job.source, job.target
         self._end_intent(tx, ino, mount_id, target)
-        self._log.recent.note(mount_id, source, job.is_dir)
+        self._left(tx, mount_id, source, job.is_dir)
         self._log.recent.note(mount_id, target, job.is_dir)
         record, entry = tx.inode(ino), tx.sync_entry(ino)
         if job.is_dir:
@@ -366,8 +368,11 @@ class JobRunner:
             return
         old = record.location
         places.set_location(tx, job.ino, record, None)
-        if self._mounts.capabilities(job.mount_id).has_directories:
+        has_directories = self._mounts.capabilities(job.mount_id).has_directories
+        if has_directories or record.fingerprint == LISTED:
             self._log.remove(tx, job.mount_id, old, is_dir=True)
+            record.fingerprint = b""
+        if has_directories:
             record.is_in_ufs = False
             entry.what |= SYNC_CONTENT
         self._finish(tx, job.ino, record, entry, job.generation, 0)
@@ -423,12 +428,26 @@ class JobRunner:
         for job in jobs:
             if job.target in kept:
                 log.info("a directory removed here holds files made outside: it is left there")
-            self._log.recent.note(mount_id, job.target, job.is_dir)
+            self._left(tx, mount_id, job.target, job.is_dir)
             entry = tx.remove_entry(mount_id, job.target)
             if entry is not None and entry.generation == job.generation:
                 tx.delete_remove_entry(mount_id, job.target)
                 tx.delete_intent(mount_id, job.target)
         tx.commit()
+
+    def _left(self, tx: Transaction, mount_id: int, path: bytes, is_tree: bool) -> None:
+        """Nothing of ours is at `path` any more. In a store without directories those above may have
+        vanished with it, which does not make them vanish here."""
+        self._log.recent.note(mount_id, path, is_tree)
+        mount = self._mounts.record(mount_id)
+        if mount is None or self._mounts.capabilities(mount_id).has_directories:
+            return
+        for prefix in places.prefixes(path):
+            self._log.recent.note(mount_id, prefix)
+            found = places.resolve(tx, mount.ino, prefix)
+            if found is not None and found[1].fingerprint == LISTED:
+                found[1].fingerprint = b""
+                tx.put_inode(*found)
 
     # --- within -----------------------------------------------------------------------------------
 

@@ -17,6 +17,7 @@ from alluxiofuse.master import places
 from alluxiofuse.master.recent_paths import RecentPaths
 from alluxiofuse.master.records import (
     INTENT_RENAME,
+    LISTED,
     SYNC_ATTRS,
     SYNC_CONTENT,
     SYNC_NAME,
@@ -205,7 +206,9 @@ class PersistLog:
         return stat.S_ISREG(record.mode) or stat.S_ISDIR(record.mode)
 
     def _leaves_something(self, record: InodeRecord) -> bool:
-        """Directories of a store that has none leave nothing behind."""
+        """Directories of a store that has none leave nothing behind, but for a marker perhaps."""
+        if record.fingerprint == LISTED:
+            return True
         return not stat.S_ISDIR(record.mode) or self._mounts.capabilities(record.mount_id).has_directories
 
     def keep(self, tx: Transaction, ino: int, entry: SyncEntry, what: int) -> None:

@@ -174,6 +174,16 @@ class Persister:
             return True
         return self._is_persisted(ino, container)
 
+    def pending_count(self) -> int:
+        """Entries of the log; about, when there are many."""
+        count = 0
+        for prefix in (b"s", b"r"):
+            for _ in self._store.scan("persist", prefix):
+                count += 1
+                if count >= MAX_KEYS:
+                    return max(count, self._store.estimate("persist"))
+        return count
+
     def failing(self, limit: int = 100) -> list[str]:
         """One line per entry that keeps failing."""
         lines = []

@@ -107,6 +107,11 @@ SYNC_NAME = 4
 """Move it from its location to where it belongs."""
 
 
+LISTED = b"d"
+"""`fingerprint` of a directory that a store without directories showed in a listing: it goes when its
+last object is removed outside. Directories made here, or emptied here, stay."""
+
+
 class SyncEntry(msgspec.Struct, array_like=True, gc=False):
     """Persist log: what the under storage still lacks of one inode. One entry an inode: a further
     change adds its bits and takes a new generation."""

@@ -18,15 +18,12 @@ from alluxiofuse.master.containers import forget_container, give_container, new_
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.persist_plan import MOVING_PREFIX, is_clean
-from alluxiofuse.master.records import SYNC_CONTENT, InodeRecord
+from alluxiofuse.master.records import LISTED, SYNC_CONTENT, InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import UfsEntry
 from alluxiofuse.wire.master_ops import Unlinked
 from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event
 
-LISTED = b"d"
-"""`fingerprint` of a directory that a store without directories showed: it goes when its last object
-is removed outside. Directories made here, or emptied here, stay."""
 _PERMISSIONS = {stat.S_IFDIR: 0o755, stat.S_IFREG: 0o644, stat.S_IFLNK: 0o777}
 
 

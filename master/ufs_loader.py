@@ -153,12 +153,13 @@ class UfsLoader:
             if is_mine:
                 await self._ask_name(parent, name)
 
-    async def load_children(self, ino: int) -> None:
-        """Afterwards all names are known, and `is_loaded` is set. UfsError when they never were and
-        the store can't be asked. If cancelled, what was entered stays, `is_loaded` is not set."""
+    async def load_children(self, ino: int, force: bool = False) -> None:
+        """Afterwards all names are known, and `is_loaded` is set. `force`: compare every entry, even
+        where the directory looks unchanged. UfsError when they never were known and the store can't be
+        asked. If cancelled, what was entered stays, `is_loaded` is not set."""
         async with self._flight(ino, b"") as is_mine:
             if is_mine:
-                await self._load_directory(ino, pages=None)
+                await self._load_directory(ino, pages=None, force=force)
 
     async def refresh(self, ino: int, force: bool = False) -> None:
         """Compare one inode. A store that can't be asked leaves it as it is known."""
@@ -225,7 +226,7 @@ class UfsLoader:
             if is_mine and not self._directory(ino).is_loaded:
                 await self._load_directory(ino, pages=1)
 
-    async def _load_directory(self, ino: int, pages: int | None) -> None:
+    async def _load_directory(self, ino: int, pages: int | None, force: bool = False) -> None:
         """List it; all over again when a rename moved it meanwhile."""
         for _ in range(_MAX_MOVES):
             record = self._directory(ino)
@@ -235,7 +236,7 @@ class UfsLoader:
                 return
             token = self._recent.watch()
             try:
-                if await self._list(ino, record, base, token, pages):
+                if await self._list(ino, record, base, token, pages, force):
                     return
             except UfsNotFoundError:
                 self._comparer.vanish(ino, base, token)
@@ -250,12 +251,15 @@ class UfsLoader:
             finally:
                 self._recent.end(token)
 
-    async def _list(self, ino: int, record: InodeRecord, base: bytes, token: int, pages: int | None) -> bool:
+    async def _list(
+        self, ino: int, record: InodeRecord, base: bytes, token: int, pages: int | None, force: bool
+    ) -> bool:
         """False: it was moved meanwhile."""
         fingerprint = b""
         if self._mounts.capabilities(record.mount_id).has_directories:
             fingerprint = (await self._ask(record.mount_id, lambda s: s.stat(base))).fingerprint
-            if record.is_loaded and fingerprint and fingerprint == record.listing_fingerprint:
+            is_same = bool(fingerprint) and fingerprint == record.listing_fingerprint
+            if record.is_loaded and is_same and not force:
                 self._set_loaded(ino, fingerprint)
                 return True
         seen: set[bytes] = set()
