@@ -226,7 +226,9 @@ def test_times_before_1970_and_every_change_moves_ctime(tmp_path: Path) -> None:
             assert after.ctime_ns > before
             return after
 
-        set_ = lambda **fields: world.changes.setattr(SetAttr(KERNEL, 0, ino, **fields))  # noqa: E731
+        def set_(**fields: int) -> Attr:
+            return world.changes.setattr(SetAttr(KERNEL, 0, ino, **fields))  # type: ignore[arg-type]
+
         assert changed(lambda: set_(mtime_ns=-5, atime_ns=-(10**18))).mtime_ns == -5
         assert changed(lambda: set_(mode=0o600)).mode == stat.S_IFREG | 0o600
         changed(lambda: world.changes.link(Link(KERNEL, 0, ino, ROOT_INO, b"g")))

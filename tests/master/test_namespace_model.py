@@ -107,7 +107,7 @@ class Pair:
                 expected = exc.errno
             else:
                 expected = 0 if not isinstance(expected, bytes) else expected
-        assert mine == expected, f"{what} as {who}: {mine}, a real directory says {expected}"
+        assert mine == expected, f"{what} as {who}: {mine!r}, a real directory says {expected!r}"
         self.done += mine == 0
 
     def path(self) -> bytes:
