@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from daemons import Cluster, LocalDaemon, Site
+from daemons import SITES, Cluster, LocalDaemon, Site
 from servers import s3_server as s3_server
 
 MARK = f"AF_TEST_RUN={uuid.uuid4()}"
@@ -18,10 +18,13 @@ MARK = f"AF_TEST_RUN={uuid.uuid4()}"
 os.environ[MARK.partition("=")[0]] = MARK.partition("=")[2]
 
 
-def fuse_mounts() -> set[tuple[str, str]]:
-    """(mount id, mount point) of the FUSE mounts on this machine."""
+def fuse_mounts(base: Path) -> set[str]:
+    """Where FUSE filesystems are mounted below this run's own directories; others on the machine are
+    none of our business."""
+    ours = [str(place) for place in (base, *SITES)]
     lines = Path("/proc/self/mountinfo").read_text(errors="surrogateescape").splitlines()
-    return {(line.split(" ")[0], line.split(" ")[4]) for line in lines if " - fuse" in line}
+    found = {line.split(" ")[4] for line in lines if " - fuse" in line}
+    return {place for place in found if any(place.startswith(f"{one}/") for one in ours)}
 
 
 def processes_of_this_run() -> dict[int, str]:
@@ -40,24 +43,25 @@ def processes_of_this_run() -> dict[int, str]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
+def nothing_is_left_behind(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[None]:
     """Fails a test that leaves a FUSE mount or a process, and clears both away. What longer-lived
     fixtures started before the test does not count."""
-    mounts, processes = fuse_mounts(), processes_of_this_run()
+    base = tmp_path_factory.getbasetemp()
+    mounts, processes = fuse_mounts(base), processes_of_this_run()
     yield
-    left = [f"mount {place}" for number, place in fuse_mounts() - mounts if _unmount(place)]
+    left = []
+    for place in fuse_mounts(base) - mounts:
+        left.append(f"mount {place}")
+        path = place.encode("utf-8", "surrogateescape").decode("unicode_escape")
+        subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
     for pid, command in processes_of_this_run().items():
         if pid not in processes:
             left.append(f"process {pid}: {command}")
             os.kill(pid, signal.SIGKILL)
     if left:
         pytest.fail(f"{request.node.name} left behind:\n" + "\n".join(left))
-
-
-def _unmount(place: str) -> bool:
-    path = place.encode("utf-8", "surrogateescape").decode("unicode_escape")
-    subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
-    return True
 
 
 def _end(sites: list[Site]) -> None:

@@ -28,6 +28,8 @@ STOP_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 120.0
 PROGRAM = [sys.executable, "-m", "alluxiofuse.cli.main"]
 MIB = 1 << 20
+SITES: list[Path] = []
+"""Directories of all sites that this process made."""
 
 
 def require_fuse() -> None:
@@ -191,6 +193,7 @@ class Site:
     def __init__(self) -> None:
         # Short: Unix sockets take 107 bytes of path.
         self.base = Path(tempfile.mkdtemp(prefix="af-"))
+        SITES.append(self.base)
         self.mount = self.base / "mnt"
         self.mount.mkdir()
         self.env: dict[str, str] = {}
