@@ -168,7 +168,9 @@ class Content:
         if record.home:
             self._require_alive(record.home, req.ino)
             self._sessions.add_writer(req.session_id, req.ino, record.container)
-            return self.layout(req.ino, record)
+            layout = self.layout(req.ino, record)
+            layout.is_joined = True
+            return layout
         record.home = self._choose_home(req, record)
         record.base_container, record.base_size = record.container, record.size
         record.container = new_container(self._store)
@@ -212,7 +214,16 @@ class Content:
         record = self._file(tx, req.ino)
         if record.container != req.container:
             raise StaleError(f"the content of inode {req.ino} was replaced meanwhile")
-        if record.home:  # else sealed already: this is a repetition, or the worker's word came first
+        if not record.home:  # Sealed already: a repetition, or the worker's word came first.
+            return self._namespace.attr(req.ino, record)
+        if req.is_abandoned:
+            if self._sessions.end_writer(req.session_id, req.ino):
+                self.revert(tx, req.ino, record)
+                tx.commit()
+            return self._namespace.attr(req.ino, record)
+        # Who closes without having written never told the worker, which may serve another writer.
+        is_last = not req.is_sealed or self._sessions.end_writer(req.session_id, req.ino)
+        if req.size or is_last:
             self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
         return self._namespace.attr(req.ino, record)
 

@@ -133,8 +133,12 @@ class Sessions:
             if session.writes.get(ino) == container:
                 del session.writes[ino]
 
-    def has_writer(self, ino: int) -> bool:
-        return any(ino in s.writes for s in self._sessions.values())
+    def end_writer(self, session_id: int, ino: int) -> bool:
+        """The session has ended its writing; True when no other session writes the inode."""
+        session = self._sessions.get(session_id)
+        if session is not None:
+            session.writes.pop(ino, None)
+        return not any(ino in s.writes for s in self._sessions.values())
 
     # --- inside -----------------------------------------------------------------------------------
 

@@ -106,6 +106,9 @@ class Layout(Message):
     `old_container`); 0: it starts empty. `source` is then where the base's bytes are."""
     base_size: Size = 0
     """Size of the base."""
+    is_joined: bool = False
+    """In the answer to BeginWrite: another session had begun before, so this is its container, also
+    when `truncate` was asked for: truncate it at the worker."""
 
 
 class Tier(Message):

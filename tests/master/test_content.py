@@ -213,3 +213,36 @@ def test_removing_frees_the_container_everywhere(tmp_path: Path) -> None:
         world.validate()
 
     run(tmp_path, test)
+
+
+def test_who_wrote_nothing_does_not_seal_under_another_writer(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, a, b = world.worker(), world.session(), world.session()
+        made = create(world, a, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        assert world.content.begin_write(BeginWrite(b, ino, worker[0], True)).is_joined
+        seal(world, a, ino, container, 0)
+        assert world.namespace.getattr(ino).home == worker[0]
+        seal(world, b, ino, container, 9)
+        attr = world.namespace.getattr(ino)
+        assert (attr.home, attr.size) == (0, 9)
+
+    run(tmp_path, test)
+
+
+def test_an_abandoned_write_leaves_the_old_content(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, a, b = world.worker(), world.session(), world.session()
+        made = create(world, a, b"f", worker[0])
+        ino, first = made.attr.ino, made.layout.container
+        seal(world, a, ino, first)
+        container = world.content.begin_write(BeginWrite(a, ino, worker[0], False)).container
+        world.content.begin_write(BeginWrite(b, ino, worker[0], False))
+        for session, expected in ((a, container), (b, first)):
+            given_up = CommitContent(session, ino, container, 0, 0, False, is_abandoned=True)
+            assert world.content.commit_content(given_up).container == expected
+        attr = world.namespace.getattr(ino)
+        assert (attr.home, attr.size) == (0, 3)
+        world.validate()
+
+    run(tmp_path, test)
