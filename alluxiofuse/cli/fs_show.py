@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from alluxiofuse.cli.address import target_of
 from alluxiofuse.cli.fs_context import FsContext, master_options, me, run, say, say_json, text_of
-from alluxiofuse.errors import FsError
+from alluxiofuse.errors import FsError, UserError
 from alluxiofuse.units import format_size
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import PERSISTENCE_NAMES, Attr
@@ -87,6 +88,14 @@ def long_line(name: bytes, attr: Attr, human: bool) -> str:
     )
 
 
+def default_directory() -> str:
+    try:
+        target_of(".")
+    except UserError:
+        return "/"
+    return "."
+
+
 async def entries_of(paths: Paths, path: bytes, recursive: bool) -> AsyncIterator[tuple[bytes, Attr]]:
     """What `ls PATH` shows: (path, attributes) of a file itself, or of what is in a directory."""
     attr = await paths.stat(path, follow=True)
@@ -111,8 +120,8 @@ async def entries_of(paths: Paths, path: bytes, recursive: bool) -> AsyncIterato
 def ls(
     context: FsContext, targets: tuple[str, ...], is_long: bool, recursive: bool, human: bool, as_json: bool
 ) -> None:
-    """List files and directories (default: the root)."""
-    wanted = [context.path(one) for one in targets or ["/"]]
+    """List files and directories. Default: the working directory if it is below a mount, else the root."""
+    wanted = [context.path(one) for one in targets or [default_directory()]]
 
     async def show() -> None:
         found: list[dict[str, Any]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -14,6 +15,7 @@ from daemons import PROGRAM, LocalDaemon, mount_lines, run_cli
 from servers import free_ports, wait_until
 
 from alluxiofuse.cli.tiers import default_mem_directory
+from alluxiofuse.fuse.mountpoint import mounts
 
 Start = Callable[..., LocalDaemon]
 
@@ -52,17 +54,16 @@ def test_a_signal_unmounts_and_exits_0(local_daemon: Start, number: int) -> None
 
 def test_a_signal_while_a_program_uses_the_mount(local_daemon: Start) -> None:
     site = local_daemon()
-    with open(site.mount / "open", "w") as file:
-        file.write("half")
-        file.flush()
+    fd = os.open(site.mount / "open", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.write(fd, b"half")
         assert site.stop() == 0
         assert mount_lines(site.mount) == []
-        # Closing fails, or not, as the kernel likes: the mount is gone.
-        os.close(os.dup(file.fileno()))
-        try:
-            file.close()
-        except OSError:
-            pass
+    finally:
+        with contextlib.suppress(OSError):  # the filesystem is gone
+            os.close(fd)
+    site.daemon.start()
+    assert (site.mount / "open").read_bytes() == b"half"
 
 
 def test_unmounted_from_outside_it_ends(local_daemon: Start) -> None:
@@ -146,9 +147,10 @@ def test_paths_below_the_mount_need_no_master(local_daemon: Start) -> None:
     (site.mount / "dir").mkdir()
     (site.mount / "dir/x").write_text("text")
     assert run_cli("fs", "cat", "x", cwd=site.mount / "dir").stdout == "text"
-    assert run_cli("fs", "ls", cwd=site.mount / "dir").stdout == "dir\n"  # the root, when no PATH is given
-    assert run_cli("fs", "ls", ".", cwd=site.mount / "dir").stdout == "x\n"
-    assert run_cli("fs", "ls", "/dir").stdout == "x\n", "the only mount of this machine"
+    assert run_cli("fs", "ls", cwd=site.mount / "dir").stdout == "x\n"
+    assert run_cli("fs", "ls", "..", cwd=site.mount / "dir").stdout == "dir\n"
+    if sum(mount.is_ours for mount in mounts()) == 1:
+        assert run_cli("fs", "ls", "/dir").stdout == "x\n", "the only mount of this machine"
     assert run_cli("fs", "cat", "/dir/x", env={"ALLUXIOFUSE_MASTER": f"unix:{site.state}/master.sock"}).stdout
 
 
@@ -193,7 +195,7 @@ def test_ctrl_c_of_a_command(local_daemon: Start) -> None:
         wait_until(lambda: has_unix_peer(process.pid), "it talks to the master")
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
-        assert process.communicate() == (b"", b"")
+        assert [text.strip() for text in process.communicate()] == [b"", b""]
 
 
 def has_unix_peer(pid: int) -> bool:
