@@ -34,15 +34,29 @@ IN_PROCESS, UNIX, TCP = "in-process", "unix", "tcp"
 
 
 class Part:
-    """One daemon: its task and its server, stopped together."""
+    """One daemon: its task and its server, stopped together, the server first."""
 
     def __init__(self) -> None:
-        self.scope = trio.CancelScope()
-        self.ended = trio.Event()
+        self._running: list[tuple[trio.CancelScope, trio.Event]] = []
+
+    async def run(
+        self,
+        function: Callable[..., Awaitable[None]],
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        scope, ended = trio.CancelScope(), trio.Event()
+        self._running.append((scope, ended))
+        try:
+            with scope:
+                await function(task_status=task_status)
+        finally:
+            ended.set()
 
     async def stop(self) -> None:
-        self.scope.cancel()
-        await self.ended.wait()
+        for scope, ended in reversed(self._running):
+            scope.cancel()
+            await ended.wait()
 
 
 class WorkerPart(Part):
@@ -78,19 +92,17 @@ class World:
         )
         self.master = Master(config)
         self.master_part = Part()
-        await self._nursery.start(self._run_part, self.master_part, self.master.run)
+        await self._nursery.start(self.master_part.run, self.master.run)
         if self.kind == UNIX:
             await self._nursery.start(
-                self._run_part,
-                self.master_part,
+                self.master_part.run,
                 functools.partial(
                     serve_unix, self.master.service, str(self.base / "m.sock"), security=self.security
                 ),
             )
         elif self.kind == TCP:
             address = await self._nursery.start(
-                self._run_part,
-                self.master_part,
+                self.master_part.run,
                 functools.partial(
                     serve_tcp, self.master.service, "127.0.0.1", self._port, security=self.security
                 ),
@@ -101,19 +113,6 @@ class World:
     async def stop_master(self) -> None:
         await self._master_connection.aclose()
         await self.master_part.stop()
-
-    async def _run_part(
-        self,
-        part: Part,
-        run: Callable[..., Awaitable[None]],
-        *,
-        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
-    ) -> None:
-        try:
-            with part.scope:
-                await run(task_status=task_status)
-        finally:
-            part.ended.set()
 
     async def _dial_master(self, nursery: trio.Nursery) -> Connection:
         if self.kind == UNIX:
@@ -153,20 +152,18 @@ class World:
         if self.kind == UNIX:
             worker.advertise(host="127.0.0.1", port=0, unix_path=path)
             await self._nursery.start(
-                self._run_part,
-                part,
+                part.run,
                 functools.partial(serve_unix, worker.service, path, security=self.security),
             )
         elif self.kind == TCP:
             address = await self._nursery.start(
-                self._run_part,
-                part,
+                part.run,
                 functools.partial(serve_tcp, worker.service, "127.0.0.1", 0, security=self.security),
             )
             worker.advertise(host="127.0.0.1", port=address.port, unix_path="")
         else:
             worker.advertise(host="127.0.0.1", port=0, unix_path="")
-        await self._nursery.start(self._run_part, part, worker.run)
+        await self._nursery.start(part.run, worker.run)
         await worker.wait_registered()
         state = await part.connection.call(worker_ops.WorkerReport())
         part.worker_id = state.worker_id
