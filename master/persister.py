@@ -251,10 +251,15 @@ class Persister:
 
     def _start_due(self, nursery: trio.Nursery) -> None:
         now = self._clock.monotonic()
+        looked: set[Key] = set()
         while self._running < self._config.persist_parallel:
             key = self._queue.pop(now)
             if key is None:
                 return
+            if key in looked:  # it and another wait for each other's next change: not in this round
+                self._queue.put(key, now + ORPHAN_RETRY_S)
+                continue
+            looked.add(key)
             plan = self._planner.plan(key)
             if isinstance(plan, Blocked):
                 plan = self._wait_for(key, plan, now)
