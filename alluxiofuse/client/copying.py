@@ -49,7 +49,8 @@ async def copy_in(
             async def read(offset: int) -> Buffer:
                 return await _thread(os.pread, fd, CHUNK_BYTES, offset)
 
-            copied += await _pump(read, file, progress)
+            count = await _pump(read, file, progress)
+            copied += count  # Not in one line: others add while this one waits.
         finally:
             os.close(fd)
 
@@ -104,7 +105,8 @@ async def copy_out(
         try:
             file = await paths.fs.open(paths.who, item.ino)
             try:
-                copied += await _pull(file, fd, progress)
+                count = await _pull(file, fd, progress)
+                copied += count
             finally:
                 await file.release()
         finally:
@@ -144,7 +146,8 @@ async def copy_within(
             async def read(offset: int) -> Buffer:
                 return await origin.read(offset, CHUNK_BYTES)
 
-            copied += await _pump(read, file, progress)
+            count = await _pump(read, file, progress)
+            copied += count  # Not in one line: others add while this one waits.
         finally:
             await origin.release()
 

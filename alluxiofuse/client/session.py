@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 RELEASE_BATCH = 100
+MAX_RELEASES = 65536
 RELEASE_DELAY_S = 0.05
 _RETRY_S = 0.5
 
@@ -81,6 +82,11 @@ class Session:
         self._renewing = trio.Lock()
         self._released: list[int] = []
         """Opens that ended and the master has not been told of."""
+        self._releasing: list[int] = []
+        """Those in a Release that was not answered. It is sent at most once, so while it waits for a
+        connection the master still counts them."""
+        self._sending = trio.Lock()
+        """Held by the one task that sends releases."""
         self._has_released = trio.Event()
         self._is_batch_full = trio.Event()
 
@@ -124,7 +130,7 @@ class Session:
     async def _renew(self, connection: Connection) -> None:
         """Take the old session up again (the connection broke, the master restarted), else start anew.
         Single flight, by the lock or because the new connection is nobody else's yet."""
-        old, inos = self.id, self._hooks.open_inos() + self._released
+        old, inos = self.id, self._hooks.open_inos() + self._released + self._releasing
         try:
             grant = await connection.call(ops.OpenSession(self._name, self._hostname, old, inos))
         except SessionExpiredError:
@@ -223,10 +229,13 @@ class Session:
 
     async def send_releases(self) -> None:
         """Now. When the connection breaks under it, `resume` puts the count right."""
-        while batch := self._released[:65536]:
-            session_id = self.id
-            del self._released[: len(batch)]
-            try:
-                await self._master.call(ops.Release(session_id, batch))
-            except SessionExpiredError:
-                continue
+        async with self._sending:
+            while batch := self._released[:MAX_RELEASES]:
+                self._releasing = batch
+                del self._released[: len(batch)]
+                try:
+                    await self._master.call(ops.Release(self.id, batch))
+                except SessionExpiredError:
+                    continue
+                finally:
+                    self._releasing = []

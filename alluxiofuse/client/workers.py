@@ -95,8 +95,9 @@ class WorkerPool:
     def _is_down(self, worker_id: int, now: float) -> bool:
         return self._down_until.get(worker_id, now) > now
 
-    def is_in_process(self, worker_id: int) -> bool:
-        return worker_id in self._in_process
+    def _is_reachable(self, address: WorkerAddress) -> bool:
+        """There is a way to it from this machine."""
+        return bool(address.port) or self._is_local(address)
 
     async def home(self) -> int:
         """The worker to write new content to: the local one, else that with most room; 0: none."""
@@ -115,7 +116,7 @@ class WorkerPool:
         rooms = {
             worker_id: sum(tier.capacity_bytes - tier.used_bytes for tier in info.tiers)
             for worker_id, info in self._infos.items()
-            if not self._is_down(worker_id, now)
+            if not self._is_down(worker_id, now) and self._is_reachable(info.address)
         }
         return max(rooms, key=rooms.__getitem__, default=0)
 
@@ -135,8 +136,11 @@ class WorkerPool:
                 return worker_id
         if layout.source is None and holders:
             return holders[0]
-        others = (one for one in self._infos if one not in excluded and not self._is_down(one, now))
-        return next(others, 0)
+        for worker_id, info in self._infos.items():
+            is_usable = self._is_reachable(info.address) and not self._is_down(worker_id, now)
+            if is_usable and worker_id not in excluded:
+                return worker_id
+        return 0
 
     async def refresh(self) -> None:
         """Ask for the list of workers, unless that was done a moment ago."""

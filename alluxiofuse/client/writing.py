@@ -200,9 +200,11 @@ class Writing:
             slab = await self._good_slab()
             try:
                 return await slab.connection.call(build(slab.lock_id))
-            except ConnectionLost:
-                if trio.current_time() > deadline:
+            except (ConnectionLost, UnavailableError):
+                if trio.current_time() + _RETRY_S > deadline:
                     raise
+                slab.drop()
+                await trio.sleep(_RETRY_S)
 
     async def end(self) -> WriteEnd:
         """Wait for writes under way, then end: `result`. On an error it stays begun."""
@@ -347,6 +349,7 @@ class Writing:
             except ConnectionLost:
                 if is_append:
                     raise  # It may have been done.
+                slab.drop()
                 continue
             except NoSpaceError:
                 if done:

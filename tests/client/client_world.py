@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import socket
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -30,6 +31,7 @@ from alluxiofuse.worker.worker import Worker
 
 ROOT = Caller(0, 0, None)
 TIMEOUT_S = 60.0
+HERE = socket.gethostname()
 IN_PROCESS, UNIX, TCP = "in-process", "unix", "tcp"
 
 
@@ -131,7 +133,7 @@ class World:
         *,
         quota: int = 1 << 30,
         tier: str = "SSD",
-        hostname: str = "here",
+        hostname: str = HERE,
         **settings: Any,
     ) -> WorkerPart:
         config = WorkerConfig(
@@ -208,12 +210,12 @@ class World:
                     }
                 pool = WorkerPool(
                     master,
-                    hostname="here",
+                    hostname=HERE,
                     security=self.security,
                     patience_s=config.patience_s,
                     in_process=dict(joined),
                 )
-                fs = FileSystem(master, pool, config, name=name, hostname="here")
+                fs = FileSystem(master, pool, config, name=name, hostname=HERE)
                 await nursery.start(lambda task_status: run(task_status))
                 client = Client(self, fs, pool)
                 try:

@@ -10,6 +10,7 @@ from client_world import IN_PROCESS, ROOT, TCP, UNIX, World, in_world, until
 
 from alluxiofuse.errors import AlluxioFuseError, StaleError, UnavailableError
 from alluxiofuse.ids import PAGE_BYTES, ROOT_INO
+from alluxiofuse.wire import master_ops
 
 SECRET = b"0123456789abcdef0123456789abcdef"
 
@@ -111,7 +112,7 @@ def test_a_writer_whose_worker_stays_away_gets_an_error() -> None:
     in_world(UNIX)(test)
 
 
-@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+@pytest.mark.parametrize("kind", [UNIX, TCP])
 def test_the_master_restarts_under_open_files(kind: str) -> None:
     async def test(world: World) -> None:
         async with world.client(patience_s=20.0) as client:
@@ -132,8 +133,6 @@ def test_the_master_restarts_under_open_files(kind: str) -> None:
             await until(lambda: (world.ufs / "f").exists())
             await until(lambda: client.fs.is_watch_healthy)
 
-    if kind == IN_PROCESS:
-        pytest.skip("in process nobody closes the client's connection but the client")
     in_world(kind)(test)
 
 
@@ -144,9 +143,6 @@ def test_a_session_that_expired_is_replaced() -> None:
             await file.write(0, b"data")
             reader = await client.open(b"f")
             old = client.fs.session_id
-            world.master.service  # noqa: B018
-            from alluxiofuse.wire import master_ops
-
             await client.fs.ask_master(master_ops.CloseSession(old))
             await file.write(4, b" more")
             await client.close(file)

@@ -383,9 +383,14 @@ def test_no_space(request: pytest.FixtureRequest) -> None:
             file = await client.create(b"big")
             chunk = bytes(range(256)) * 1024
             written = 0
-            with pytest.raises(NoSpaceError):
+
+            async def fill() -> None:
+                nonlocal written
                 while written < 64 << 20:
                     written += await file.write(written, chunk)
+
+            with pytest.raises(NoSpaceError):
+                await fill()
             assert written > PAGE_BYTES
             # It stays usable: what was written is there, and can be shortened and closed.
             assert bytes(await file.read(0, 256)) == chunk[:256]

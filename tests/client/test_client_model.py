@@ -178,3 +178,21 @@ def test_reopened_after_each_step(kind: str, seed: int) -> None:
             await model.check_all()
 
     in_world(kind)(test)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_two_clients_closed_after_each_step(kind: str, seed: int) -> None:
+    """Close-to-open: what one closed the other sees at its next open."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            model = Model([one, two], random.Random(2000 + seed))
+            for _ in range(STEPS // 2):
+                await model.open()
+                await model.step()
+                while model.handles:
+                    await model.close()
+            await model.check_all()
+
+    in_world(kind)(test)
