@@ -228,14 +228,15 @@ class Content:
         return self._namespace.attr(req.ino, record)
 
     def orphan_sealed(self, seal: OrphanSeal, worker_id: int) -> None:
-        """A worker sealed a container on its own. Idempotent: one that the master has sealed too, or
-        knows of no more, changes nothing (the latter is dropped there)."""
+        """A worker sealed a container on its own, or doubts that its writer told us. Idempotent: one
+        that was sealed here too, or is the base of a newer one, changes nothing; one that nobody has
+        is dropped there."""
         ino = owner(self._store, seal.container)
         tx = self._store.transaction()
         record = None if ino is None else tx.inode(ino)
-        if ino is None or record is None or record.container != seal.container:
+        if ino is None or record is None:
             self._workers.drop_container(seal.container, worker_id)
-        elif record.home == worker_id:
+        elif record.container == seal.container and record.home == worker_id:
             self._commit(tx, 0, ino, record, seal.size, seal.mtime_ns, is_sealed=True)
 
     def _commit(

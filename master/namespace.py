@@ -19,6 +19,7 @@ from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import Tree
+from alluxiofuse.master.validate import problems
 from alluxiofuse.wire.master_ops import DirPage, Unlinked
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
@@ -112,13 +113,9 @@ class Namespace:
     # --- operations -------------------------------------------------------------------------------
 
     def lookup(self, who: Caller, parent: int, name: bytes) -> Attr:
-        check_name(name)
         parent_record = self.directory(parent)
         require(who, parent_record, EXECUTE)
-        child = self.child(parent, parent_record, name)
-        if child is None:
-            raise FsError(errno.ENOENT)
-        return self.attr(child, self.existing(child))
+        return self.attr(*self._named(parent, parent_record, name))
 
     def getattr(self, ino: int) -> Attr:
         record = self.existing(ino)
@@ -158,9 +155,8 @@ class Namespace:
         """Attributes of the root, of every directory on the (physical) way, and of what the path
         leads to. Symlinks on the way are always followed, the last one when `follow`; absolute ones
         start at the root of the namespace."""
-        root = self.existing(ROOT_INO)
-        way: list[tuple[int, InodeRecord]] = [(ROOT_INO, root)]
-        todo = [part for part in reversed(path.split(b"/")) if part]
+        way: list[tuple[int, InodeRecord]] = [(ROOT_INO, self.existing(ROOT_INO))]
+        todo = _parts(path)
         must_be_directory = path.endswith((b"/", b"/."))
         followed = 0
         while todo:
@@ -173,20 +169,33 @@ class Namespace:
                 if part == b".." and len(way) > 1:
                     way.pop()
                 continue
-            check_name(part)
-            child = self.child(ino, record, part)
-            if child is None:
-                raise FsError(errno.ENOENT)
-            child_record = self.existing(child)
-            if stat.S_ISLNK(child_record.mode) and (todo or follow or must_be_directory):
-                followed += 1
-                if followed > MAX_SYMLINKS:
-                    raise FsError(errno.ELOOP)
-                if child_record.target.startswith(b"/"):
-                    del way[1:]
-                todo.extend(p for p in reversed(child_record.target.split(b"/")) if p)
+            child, child_record = self._named(ino, record, part)
+            if not stat.S_ISLNK(child_record.mode) or not (todo or follow or must_be_directory):
+                way.append((child, child_record))
                 continue
-            way.append((child, child_record))
+            followed += 1
+            if followed > MAX_SYMLINKS:
+                raise FsError(errno.ELOOP)
+            if child_record.target.startswith(b"/"):
+                del way[1:]
+            todo += _parts(child_record.target)
         if must_be_directory and not stat.S_ISDIR(way[-1][1].mode):
             raise FsError(errno.ENOTDIR)
         return [self.attr(ino, record) for ino, record in way]
+
+    def _named(self, parent: int, parent_record: InodeRecord, name: bytes) -> tuple[int, InodeRecord]:
+        """ENOENT."""
+        check_name(name)
+        child = self.child(parent, parent_record, name)
+        if child is None:
+            raise FsError(errno.ENOENT)
+        return child, self.existing(child)
+
+    def validate(self) -> list[str]:
+        """One sentence for each broken invariant of the store; reads all of it."""
+        return problems(self.store)
+
+
+def _parts(path: bytes) -> list[bytes]:
+    """Components, the first one last."""
+    return [part for part in reversed(path.split(b"/")) if part]

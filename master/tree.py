@@ -273,10 +273,13 @@ class Tree:
             tx.delete("xattr", u64(ino) + key)
         if record.home:
             tx.delete("meta", OPEN + u64(ino))
-        for container in {record.container, record.base_container} - {0}:
-            forget_container(tx, container)
-            worker = record.home or record.held_by
-            tx.after_commit(partial(self._drop_container, container, worker))
+        for container, worker in (
+            (record.container, record.home or record.held_by),
+            (record.base_container, record.held_by or record.home),
+        ):
+            if container:
+                forget_container(tx, container)
+                tx.after_commit(partial(self._drop_container, container, worker))
 
     def _touch(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
         record.mtime_ns = record.ctime_ns = self._clock.now_ns()

@@ -14,7 +14,6 @@ import trio
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import SessionExpiredError
 from alluxiofuse.master.master import Master
-from alluxiofuse.master.validate import problems
 from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.ufs.base import UfsAttrs
 from alluxiofuse.ufs.registry import open_ufs
@@ -133,7 +132,7 @@ class Running:
     ufs: Path
 
     def validate(self) -> None:
-        assert problems(self.master.store) == []
+        assert self.master.namespace.validate() == []
 
 
 @asynccontextmanager
@@ -160,8 +159,8 @@ async def running(
         grant = await connection.call(OpenSession("test", "here"))
         client = Client(connection, worker, grant.session_id)
         yield Running(master, connection, worker, client, ufs)
-        await connection.aclose()
         nursery.cancel_scope.cancel()
+    await connection.aclose()
 
 
 def run(test: Callable[[], Awaitable[None]]) -> None:

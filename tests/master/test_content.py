@@ -161,6 +161,11 @@ def test_an_orphan_seal_counts_like_the_writers_own_and_only_once(tmp_path: Path
         assert world.namespace.getattr(ino).size == 11
         world.content.orphan_sealed(OrphanSeal(999, 1, 1), worker[0])
         assert await freed(world, worker) == {999}
+        # Told once more, late: it is the base of what is being written now.
+        layout = world.content.begin_write(BeginWrite(session, ino, worker[0], False))
+        world.content.orphan_sealed(OrphanSeal(container, 11, 1), worker[0])
+        assert await freed(world, worker) == set()
+        assert layout.base_container == container
         world.validate()
 
     run(tmp_path, test)
