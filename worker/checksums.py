@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import xxhash
 
@@ -44,25 +44,41 @@ def punch_hole(fd: int, offset: int, length: int) -> None:
             raise OSError(code, os.strerror(code))
 
 
+_STEP_BYTES = 64
+
+
 def bits(mask: int) -> Iterator[int]:
-    """Numbers of the set bits, ascending."""
-    while mask:
-        low = mask & -mask
-        yield low.bit_length() - 1
-        mask ^= low
+    """Numbers of the set bits of a mask that is not negative, ascending. Linear in its length."""
+    raw = mask.to_bytes((mask.bit_length() + 7) // 8, "little")
+    for at in range(0, len(raw), _STEP_BYTES):
+        part = int.from_bytes(raw[at : at + _STEP_BYTES], "little")
+        while part:
+            low = part & -part
+            yield at * 8 + low.bit_length() - 1
+            part ^= low
+
+
+def mask_of(pages: Iterable[int]) -> int:
+    """The mask with these bits. Linear."""
+    raw = bytearray()
+    for page in pages:
+        at = page >> 3
+        if at >= len(raw):
+            raw.extend(bytes(max(at + 1 - len(raw), len(raw))))
+        raw[at] |= 1 << (page & 7)
+    return int.from_bytes(raw, "little")
 
 
 def mask_runs(mask: int) -> Iterator[tuple[int, int]]:
-    """(first, count) of each run of set bits; quick for a few long runs."""
-    at = 0
-    while mask:
-        skip = (mask & -mask).bit_length() - 1
-        mask >>= skip
-        at += skip
-        count = (~mask & (mask + 1)).bit_length() - 1
-        yield at, count
-        mask >>= count
-        at += count
+    """(first, count) of each run of set bits, ascending."""
+    if not mask:
+        return
+    first = (mask & -mask).bit_length() - 1
+    rest = mask >> first
+    if not rest & (rest + 1):
+        yield first, rest.bit_length()
+    else:
+        yield from runs(bits(mask))
 
 
 def pwrite_all(fd: int, data: Buffer, offset: int) -> None:
@@ -118,25 +134,22 @@ def data_pages(fd: int, size: int) -> int:
     return mask
 
 
-def sealed_checksums(path: str, pages: int, size: int) -> dict[int, int]:
-    """Checksums of the pages of mask `pages` of a slab that was written, holes told apart cheaply;
-    full pages of zeros are made holes (the mtime stays). Blocks for the reading of the data."""
+def sealed_checksums(path: str, pages: int, size: int) -> tuple[dict[int, int], int]:
+    """Of the pages of mask `pages` of a slab that was written: checksums, and the mask of full pages
+    of zeros (which have none in the dict), those that are holes told apart cheaply. Full pages of
+    zeros are made holes (the mtime stays). Blocks for the reading of the data."""
     fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
     try:
         times = os.fstat(fd)
         full = (1 << (size // PAGE_BYTES)) - 1
-        holes = pages & full & ~data_pages(fd, size)
-        found = page_checksums(fd, bits(pages & ~holes), size)
-        zeros = holes
-        for page, value in found.items():
-            if value == ZERO_PAGE:
-                zeros |= 1 << page
+        zeros = pages & full & ~data_pages(fd, size)
+        found = page_checksums(fd, bits(pages & ~zeros), size)
+        zeros |= mask_of(page for page, value in found.items() if value == ZERO_PAGE)
         for first, count in mask_runs(zeros):
             punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
         if zeros:
             os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
-        found.update(dict.fromkeys(bits(holes), ZERO_PAGE))
-        return found
+        return {page: value for page, value in found.items() if value != ZERO_PAGE}, zeros
     finally:
         os.close(fd)
 

@@ -315,6 +315,9 @@ class Fetcher:
             error = exc
         except OSError as exc:
             error = storage_error(exc, job.slab.directory, self._slabs.counters)
+        except Exception:
+            log.exception("a fetch failed: a bug in a connector")
+            error = AlluxioFuseError("a fetch failed inside the worker: see its log")
         finally:
             self._running[source.mount_id] -= 1
             self._finish(job, sums, None if sums is not None else error)

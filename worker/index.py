@@ -92,11 +92,20 @@ class Batch:
         for chunk in range(start, -(-page_count // CHUNK_PAGES)):
             self.raw.delete(b"p" + u64(container) + u64(chunk))
 
-    def put_pages(self, container: int, sums: dict[int, int]) -> None:
-        """Pages became present (or changed), at most once per page and batch."""
-        for chunk, pages in _by_chunk(sums):
+    def put_pages(self, container: int, sums: dict[int, int], zeros: int = 0) -> None:
+        """Pages became present (or changed), at most once per page and batch: those with a checksum,
+        and those of the mask `zeros`, full pages of zeros."""
+        grouped = dict(_by_chunk(sums))
+        raw = zeros.to_bytes((zeros.bit_length() + 7) // 8, "little")
+        empty = bytes(8)
+        touched = [at // 8 for at in range(0, len(raw), 8) if raw[at : at + 8] != empty[: len(raw) - at]]
+        for chunk in grouped.keys() | set(touched):
             present, values = self._index.chunk(container, chunk)
-            for page in pages:
+            word = int.from_bytes(raw[chunk * 8 : chunk * 8 + 8], "little")
+            present |= word
+            for page in bits(word):
+                values[page] = ZERO_PAGE
+            for page in grouped.get(chunk, ()):
                 present |= 1 << (page % CHUNK_PAGES)
                 values[page % CHUNK_PAGES] = sums[page]
             self.put_chunk(container, chunk, present, values)
@@ -217,16 +226,17 @@ class Index:
 
     def presence(self, container: int) -> tuple[int, int]:
         """Masks of a container of several pages: (present, those of zeros)."""
-        present = zeros = 0
-        for key, value in self._scan(b"p" + u64(container)):
-            shift = int.from_bytes(key, "big") * CHUNK_PAGES
-            found, values = self.chunk(container, shift // CHUNK_PAGES)
-            present |= found << shift
-            if len(value) == 8:
-                zeros |= found << shift
-            elif ZERO_PAGE in values:
-                zeros |= sum(1 << (shift + i) for i in bits(found) if values[i] == ZERO_PAGE)
-        return present, zeros
+        present, zeros = bytearray(), bytearray()
+        for key, _ in self._scan(b"p" + u64(container)):
+            at = int.from_bytes(key, "big") * 8
+            present.extend(bytes(at - len(present)))
+            zeros.extend(bytes(at - len(zeros)))
+            found, values = self.chunk(container, at // 8)
+            present += found.to_bytes(8, "little")
+            if ZERO_PAGE in values:
+                mask = sum(1 << page for page in bits(found) if values[page] == ZERO_PAGE)
+                zeros += mask.to_bytes(8, "little")
+        return int.from_bytes(present, "little"), int.from_bytes(zeros, "little")
 
     def checksums(self, container: int, pages: Iterable[int]) -> dict[int, int]:
         """Of the pages of a container of several pages that are present in the index."""

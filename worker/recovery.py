@@ -170,8 +170,11 @@ def _slab(index: Index, container: int, record: SlabRecord, directory: Directory
         slab.present, slab.zeros = index.presence(container)
         slab.present &= slab.all_pages
         slab.zeros &= slab.present
+    path = slab_path(directory.root, container)
+    if slab.zeros and os.stat(path).st_size == record.size:
+        slab.verified = slab.zeros  # holes: there are no bytes that could have changed
     if record.state == WRITING:
-        found = os.stat(slab_path(directory.root, container))
+        found = os.stat(path)
         slab.granted_end = found.st_size
         slab.reserved = round_up(max(found.st_blocks * 512, 0))
         slab.dirty_pages = -1

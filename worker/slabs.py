@@ -205,11 +205,13 @@ class Slabs:
     def _enlist(self, slab: Slab, pages: int) -> None:
         """Blocks of `pages` that became present become the most recently used of a clean slab."""
         order = slab.directory.order
-        while pages:
-            block = ((pages & -pages).bit_length() - 1) // BLOCK_PAGES
-            order[slab, block] = None
-            order.move_to_end((slab, block))
-            pages = pages >> ((block + 1) * BLOCK_PAGES) << ((block + 1) * BLOCK_PAGES)
+        step = BLOCK_PAGES // 8
+        raw = pages.to_bytes((pages.bit_length() + 7) // 8, "little")
+        first = ((pages & -pages).bit_length() - 1) // BLOCK_PAGES if pages else 0
+        for block in range(first, -(-len(raw) // step)):
+            if any(raw[block * step : (block + 1) * step]):
+                order[slab, block] = None
+                order.move_to_end((slab, block))
 
     def _delist(self, slab: Slab) -> None:
         order = slab.directory.order
@@ -333,15 +335,13 @@ class Slabs:
         """Compare checksums of pages as read with those stored: good ones are verified, bad ones of
         a clean slab dropped. Answers the bad pages of a slab that is not clean."""
         bad = [page for page, value in found.items() if stored.get(page) != value]
-        good = [page for page in found if page not in bad]
-        for page in good:
-            slab.verified |= 1 << page
+        slab.verified |= checksums.mask_of(found.keys() - set(bad))
         if not bad:
             return []
         self.counters["checksum_mismatches"] += len(bad)
         if slab.state != CLEAN:
             return bad
-        self.drop_pages(slab, sum(1 << page for page in bad))
+        self.drop_pages(slab, checksums.mask_of(bad))
         return []
 
     # --- writing ----------------------------------------------------------------------------------
@@ -416,31 +416,27 @@ class Slabs:
             pages |= -1 << before if page_count(size) > before else 0
         return pages & ((1 << page_count(size)) - 1)
 
-    def seal(self, slab: Slab, size: int, sums: dict[int, int]) -> None:
-        """End the writing: `sums` are the checksums of `pages_to_seal`. Dirty, and durable against a
-        kill of this process when this returns."""
+    def seal(self, slab: Slab, size: int, sums: dict[int, int], zeros: int = 0) -> None:
+        """End the writing. `sums` are the checksums of `pages_to_seal`, but for those in the mask
+        `zeros`, which are full pages of zeros. Dirty, and durable against a kill of this process
+        when this returns."""
         assert slab.state == WRITING
         assert not slab.writers
         before, after = slab.page_count, page_count(size)
-        kept = slab.all_pages & ((1 << after) - 1)
-        for page in sums:
-            kept &= ~(1 << page)
+        changed = checksums.mask_of(sums)
+        kept = slab.all_pages & ((1 << after) - 1) & ~changed & ~zeros
         if (before <= 1) != (after <= 1):
             sums = self.stored_checksums(slab, bits(kept)) | sums
         batch = self.index.batch()
         if after > 1:
-            batch.put_pages(slab.container, sums)
+            batch.put_pages(slab.container, sums, zeros)
             batch.delete_chunks(slab.container, after, before)
         else:
             batch.delete_chunks(slab.container, 0, before)
-            slab.checksum = sums.get(0, slab.checksum)
+            slab.checksum = ZERO_PAGE if zeros else sums.get(0, slab.checksum)
         slab.size, slab.state = size, DIRTY
         slab.present = slab.verified = slab.all_pages
-        slab.zeros &= slab.all_pages
-        for page, value in sums.items():
-            bit = 1 << page
-            is_zero = value == ZERO_PAGE and page_length(page, size) == PAGE_BYTES
-            slab.zeros = slab.zeros | bit if is_zero else slab.zeros & ~bit
+        slab.zeros = (slab.zeros & kept) | zeros
         slab.dirty_pages = slab.reserved = slab.granted_end = slab.write_end = 0
         batch.put(slab.container, self._record(slab))
         self.index.commit(batch)

@@ -100,6 +100,9 @@ class Uploads:
             return Outcome(b"", STALE, "cancelled")
         except AlluxioFuseError as exc:
             return Outcome(b"", exc.code, exc.message)
+        except Exception:
+            log.exception("upload of container %x failed: a bug in a connector", command.container)
+            return Outcome(b"", AlluxioFuseError.code, "the upload failed inside the worker: see its log")
 
     async def _upload(self, slab: Slab, upload: Upload) -> UfsEntry:
         """The slab is sealed; who wants to change it stops this upload first."""

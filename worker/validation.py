@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alluxiofuse.errors import StateError
 from alluxiofuse.ids import PAGE_BYTES
-from alluxiofuse.worker.checksums import ZERO_PAGE, bits, page_checksums
+from alluxiofuse.worker.checksums import ZERO_PAGE, bits, mask_of, page_checksums
 from alluxiofuse.worker.layout import stored_slabs
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab
 from alluxiofuse.worker.slabs import Slabs
@@ -59,7 +59,7 @@ def _check_directories(slabs: Slabs) -> None:
         _same(f"order of {directory.root}", set(directory.order), blocks)
         _same(f"dirty of {directory.root}", set(directory.dirty), {s for s in mine if s.state == DIRTY})
         moving = {slab.container for slab in slabs.by_container.values() if slab.is_moving}
-        found = {name for name in stored_slabs(Path(directory.root))} if not moving else set()
+        found = set() if moving else set(stored_slabs(Path(directory.root)))
         if not moving:
             _same(f"files of {directory.root}", found, {slab.container for slab in mine})
 
@@ -99,9 +99,9 @@ def _check_pages(slabs: Slabs, slab: Slab, with_bytes: bool) -> None:
     stored = slabs.stored_checksums(slab, bits(slab.present))
     _same(f"indexed pages of {name}", set(stored), set(bits(slab.present)))
     full = (1 << (slab.size // PAGE_BYTES)) - 1
-    zeros = sum(1 << page for page, value in stored.items() if value == ZERO_PAGE) & full
+    zeros = mask_of(page for page, value in stored.items() if value == ZERO_PAGE) & full
     _same(f"pages of zeros of {name}", slab.zeros, zeros)
     if with_bytes:
         fd = slabs.fds.for_reading(slab)
-        for page, value in page_checksums(fd, bits(slab.verified), slab.size).items():
+        for page, value in page_checksums(fd, bits(slab.verified & ~slab.zeros), slab.size).items():
             _same(f"page {page} of {name}", value, stored[page])

@@ -343,9 +343,8 @@ class Writing:
         if pages.bit_count() > 1 or slab.pins:
             return self._end_slowly(lock)
         sums = checksums.page_checksums(fd, bits(pages), found.st_size)
-        for page, value in sums.items():
-            if value == ZERO_PAGE:
-                checksums.punch_hole(fd, page * PAGE_BYTES, PAGE_BYTES)
+        if ZERO_PAGE in sums.values():
+            return self._end_slowly(lock)
         self._slabs.seal(slab, found.st_size, sums)
         lock.has_sealed = True
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
@@ -390,7 +389,7 @@ class Writing:
                 writes = slab.writes
                 found = os.stat(self._slabs.path(slab))
                 pages = self._slabs.pages_to_seal(slab, found.st_size)
-                sums = await trio.to_thread.run_sync(
+                sums, zeros = await trio.to_thread.run_sync(
                     checksums.sealed_checksums,
                     self._slabs.path(slab),
                     pages,
@@ -402,7 +401,7 @@ class Writing:
                 now = os.stat(self._slabs.path(slab))
                 if (now.st_size, now.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
                     break
-            self._slabs.seal(slab, found.st_size, sums)
+            self._slabs.seal(slab, found.st_size, sums, zeros)
             return WriteEnd(found.st_size, found.st_mtime_ns, True)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
