@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -48,15 +49,19 @@ def test_a_busy_mount_is_not_unmounted_but_detached_by_a_signal(
     local_daemon: Callable[..., LocalDaemon],
 ) -> None:
     daemon = local_daemon()
-    with open(daemon.mount / "file", "wb", buffering=0) as file:
-        file.write(b"written before the signal")
+    descriptor = os.open(daemon.mount / "file", os.O_WRONLY | os.O_CREAT)
+    try:
+        os.write(descriptor, b"written before the signal")
         with pytest.raises(UserError, match=r"is in use.*fuser"):
             umount(str(daemon.mount))
         assert daemon.stop() == 0
         assert not mount_lines(daemon.mount)
         with pytest.raises(OSError) as caught:
-            os.fstat(file.fileno())
+            os.fstat(descriptor)
         assert caught.value.errno in (errno.ENOTCONN, errno.ECONNABORTED)
+    finally:
+        with contextlib.suppress(OSError):  # nobody is there to flush to
+            os.close(descriptor)
     daemon.daemon.start()
     assert (daemon.mount / "file").read_bytes() == b"written before the signal"
 

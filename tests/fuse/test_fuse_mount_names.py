@@ -349,9 +349,5 @@ def test_below_the_under_storage_it_is_the_same_tree(shared_local: LocalDaemon, 
     (here / "d").mkdir()
     (here / "d" / "file").write_text("to the under storage")
     seen = shared_local.ufs_dir / here.name / "d" / "file"
-    deadline = threading.Event()
-    for _ in range(600):
-        if seen.exists() and seen.read_text() == "to the under storage":
-            break
-        deadline.wait(0.05)
+    shared_local.wait_persisted(f"/{here.name}")
     assert seen.read_text() == "to the under storage"
