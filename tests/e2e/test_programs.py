@@ -10,6 +10,7 @@ import sys
 import textwrap
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,13 @@ def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | Non
         f"{command}: exit code {done.returncode}\n{done.stderr.decode(errors='replace')}"
     )
     return os.fsdecode(done.stdout)
+
+
+def until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline, f"not in a minute: {what}"
+        time.sleep(0.05)
 
 
 def needs(*programs: str) -> pytest.MarkDecorator:
@@ -290,13 +298,11 @@ def test_files_that_were_there_before(shared_local: LocalDaemon, here: Path, tre
     shutil.copytree(tree, place, symlinks=True, ignore=shutil.ignore_patterns("fifo"))
     try:
         through = shared_local.mount / place.name
+        until(through.exists, "the tree is seen")  # after the sync interval at the latest
         for path in place.rglob("*"):
             if path.is_file() and not path.is_symlink():
                 assert (through / path.relative_to(place)).read_bytes() == path.read_bytes()
         run("rm", "-rf", through)
-        deadline = time.monotonic() + 60
-        while place.exists():
-            assert time.monotonic() < deadline, f"still there: {list(place.rglob('*'))}"
-            time.sleep(0.05)
+        until(lambda: not place.exists(), "it is removed there too")
     finally:
         shutil.rmtree(place, ignore_errors=True)
