@@ -70,6 +70,9 @@ class FsContext:
         from alluxiofuse.client.connect import open_filesystem
         from alluxiofuse.client.paths import Paths
 
+        # A client waits for a master that is away; a person would rather know at once.
+        async with dial_master(self.address, self.security):
+            pass
         async with open_filesystem(
             self.address, security=self.security, config=self.config.client, name="cli"
         ) as filesystem:

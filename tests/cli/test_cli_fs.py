@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from daemons import LocalDaemon, run_cli
+from servers import wait_until
 
 from alluxiofuse.wire.types import PERSISTENCE_NAMES
 
@@ -172,6 +173,10 @@ def test_stat_and_location(shared_local: LocalDaemon, place: str) -> None:
     text = shared_local.fs("stat", f"{place}/file")
     assert "PERSISTED" in text
     assert "3000000 bytes" in text
+    wait_until(
+        lambda: bool(shared_local.fs_json("location", f"{place}/file")[0]["cached"]),
+        "a heartbeat tells the master",
+    )
     (where,) = shared_local.fs_json("location", f"{place}/file")
     assert where["block_count"] == 1
     assert [cached["blocks"] for cached in where["cached"]] == [[0]]
@@ -201,13 +206,13 @@ def test_free_and_load(shared_local: LocalDaemon, place: str) -> None:
     def cached() -> list[bool]:
         return [bool(shared_local.fs_json("location", f"{place}/f{n}")[0]["cached"]) for n in range(3)]
 
-    assert cached() == [True, True, True]
+    wait_until(lambda: cached() == [True, True, True], "a heartbeat tells the master")
     assert shared_local.fs("free", f"{place}/f0").startswith("freed 1 file(s)")
     assert cached() == [False, True, True]
     assert shared_local.fs("free", "-R", place).startswith("freed 3 file(s)")
     assert cached() == [False, False, False]
     assert shared_local.fs("load", place) == "loaded 3 file(s), 4.3 MiB\n"
-    assert cached() == [True, True, True]
+    wait_until(lambda: cached() == [True, True, True], "the next heartbeat tells the master")
     assert (here / "f0").read_bytes() == b"x" * 1_500_000
 
 
