@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from cutting_proxy import CuttingProxy
-from servers import SeaweedS3, s3_server
+from servers import SeaweedS3
 from under_storage import Outside, UnderStorageContract, names, open_fds, pattern, put
 
 from alluxiofuse.errors import (
@@ -33,7 +33,6 @@ from alluxiofuse.ufs.s3 import S3UnderStorage
 from alluxiofuse.ufs.s3_options import S3Options, key_of, parse_options, path_of
 from alluxiofuse.ufs.s3_upload import S3Uploader
 
-__all__ = ["s3_server"]
 BUCKET = "contract"
 MIB = 1 << 20
 _numbers = itertools.count()
