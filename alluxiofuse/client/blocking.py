@@ -39,10 +39,14 @@ def connect(
     security: Security | None = None,
     config: ClientConfig | None = None,
     name: str = "python",
+    hostname: str = "",
     who: Caller | None = None,
 ) -> BlockingFileSystem:
-    """Dial the master at `address`; the errors of `connect.open_filesystem`."""
-    return BlockingFileSystem(address, security=security, config=config, name=name, who=who)
+    """Dial the master at `address`; the errors of `connect.open_filesystem`. `who` None: the user of
+    this process."""
+    return BlockingFileSystem(
+        address, security=security, config=config, name=name, hostname=hostname, who=who
+    )
 
 
 class BlockingFileSystem:
@@ -57,6 +61,7 @@ class BlockingFileSystem:
         security: Security | None = None,
         config: ClientConfig | None = None,
         name: str = "python",
+        hostname: str = "",
         who: Caller | None = None,
     ) -> None:
         self._ready: Future[tuple[trio.lowlevel.TrioToken, Paths]] = Future()
@@ -64,7 +69,10 @@ class BlockingFileSystem:
         self._is_closed = False
         self._closing = threading.Lock()
         self._thread = threading.Thread(
-            target=self._run, args=(address, security, config, name, who), name="alluxiofuse", daemon=True
+            target=self._run,
+            args=(address, security, config, name, hostname, who),
+            name="alluxiofuse",
+            daemon=True,
         )
         self._thread.start()
         self._token, self._paths = self._ready.result()
@@ -83,10 +91,13 @@ class BlockingFileSystem:
         security: Security | None,
         config: ClientConfig | None,
         name: str,
+        hostname: str,
         who: Caller | None,
     ) -> None:
         self._done = trio.Event()
-        async with open_filesystem(address, security=security, config=config, name=name) as filesystem:
+        async with open_filesystem(
+            address, security=security, config=config, name=name, hostname=hostname
+        ) as filesystem:
             self._ready.set_result((trio.lowlevel.current_trio_token(), Paths(filesystem, who)))
             await self._done.wait()
 

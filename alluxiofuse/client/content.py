@@ -74,11 +74,11 @@ class Content:
     # --- what the master says -----------------------------------------------------------------------
 
     def take(self, attr: Attr, layout: Layout) -> None:
-        """A fresh answer of the master. What this client writes itself it knows better."""
+        """A fresh answer of the master. What this client writes itself it knows better. `is_stale`
+        stays: an event may have overtaken the answer."""
         self.attr = attr
         if self.writing is not None:
             return
-        self.is_stale = False
         if layout.container != self.layout.container:
             self.drop_slab()
         self.layout = layout
@@ -87,7 +87,12 @@ class Content:
         """Ask the master where the content is now."""
         session = self.core.session
         before = self.layout
-        opened = await session.call(ops.Open(SUPERUSER, session.id, self.ino, False), is_idempotent=True)
+        self.is_stale = False
+        try:
+            opened = await session.call(ops.Open(SUPERUSER, session.id, self.ino, False), is_idempotent=True)
+        except BaseException:
+            self.is_stale = True
+            raise
         session.release(self.ino)
         if self.layout is before:
             self.take(opened.attr, opened.layout)

@@ -20,6 +20,7 @@ from alluxiofuse.client.content import Content
 from alluxiofuse.client.core import Core, KernelPages
 from alluxiofuse.client.direct import DirectReader
 from alluxiofuse.client.open_file import OpenFile
+from alluxiofuse.client.parallel import unwrapped
 from alluxiofuse.client.session import CacheListener, Session
 from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
@@ -49,6 +50,8 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 DIR_PAGE_ENTRIES = 2000
+LIVE_STAT_S = 1.0
+"""How long a home may take to tell the size of what is being written there."""
 CLOSING_S = 5.0
 """How long a cancelled `run` may take to commit what is being written."""
 NO_WORKER = "no worker is running: start one to write files"
@@ -85,10 +88,14 @@ class FileSystem:
         """Open the session (then `task_status.started()`), keep it, until cancelled. Cancelled, it
         first commits what is being written, best effort, within a few seconds."""
         pool_scope = trio.CancelScope(shield=True)  # Connections outlive the cancellation.
+        await self._session.open()
+        with unwrapped():
+            await self._run_tasks(pool_scope, task_status)
+
+    async def _run_tasks(self, pool_scope: trio.CancelScope, task_status: trio.TaskStatus[None]) -> None:
         async with trio.open_nursery() as outer:
-            await outer.start(self._run_workers, pool_scope)
             try:
-                await self._session.open()
+                await outer.start(self._run_workers, pool_scope)
                 async with trio.open_nursery() as nursery:
                     nursery.start_soon(self._session.watch)
                     nursery.start_soon(self._session.keep_releasing)
@@ -190,10 +197,14 @@ class FileSystem:
         content = self._contents.get(attr.ino)
         if content is not None and content.writing is not None:
             return content.overlay(attr)
-        try:
-            connection = await self._workers.connection(attr.home)
-            stat = await connection.call(worker_ops.StatContainer(attr.container))
-        except AlluxioFuseError:
+        stat = None
+        with trio.move_on_after(LIVE_STAT_S):
+            try:
+                connection = await self._workers.connection(attr.home)
+                stat = await connection.call(worker_ops.StatContainer(attr.container))
+            except AlluxioFuseError as exc:
+                log.debug("no live attributes of inode %d: %s", attr.ino, exc)
+        if stat is None:
             return attr
         mtime_ns = max(stat.mtime_ns, attr.mtime_ns) if stat.size != attr.size else attr.mtime_ns
         return msgspec.structs.replace(attr, size=stat.size, mtime_ns=mtime_ns)

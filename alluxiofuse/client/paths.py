@@ -100,6 +100,9 @@ class Paths:
             path = await self._target(path)
         parent, name = await self._parent(path)
         attr, file = await self.fs.create(self.who, parent, name, mode, flags)
+        if stat.S_ISDIR(attr.mode):
+            await file.release()
+            raise FsError(errno.EISDIR, f"{_shown(path)} is a directory")
         return file
 
     async def _target(self, path: bytes) -> bytes:

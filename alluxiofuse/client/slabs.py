@@ -44,6 +44,7 @@ class Slab:
         "is_dropped",
         "is_durable",
         "is_in_use",
+        "is_unwanted",
         "lock_id",
         "pages",
         "reader_count",
@@ -77,6 +78,8 @@ class Slab:
         self.is_in_use = True
         """Some open file reads it; otherwise it is idle since `idle_since` (trio time)."""
         self.idle_since = 0.0
+        self.is_unwanted = False
+        """Freed: not kept when its open file is closed."""
         self.is_dropped = False
         self.reader_count = 0
 
@@ -226,7 +229,7 @@ class SlabCache:
         if self._used.get(slab.container) is slab:
             del self._used[slab.container]
         slab.is_in_use = False
-        if not slab.is_good or slab.fd < 0 or slab.size > MAX_IDLE_BYTES or not self._max_idle_count:
+        if slab.is_unwanted or not slab.is_good or slab.fd < 0 or slab.size > MAX_IDLE_BYTES:
             self._drop(slab)
             return
         old = self._idle.pop(slab.container, None)
@@ -251,6 +254,8 @@ class SlabCache:
         if slab is not None:
             self._idle_bytes -= slab.size
             self._drop(slab)
+        elif (used := self._used.get(container)) is not None:
+            used.is_unwanted = True
 
     def drop_idle(self, worker_id: int = 0) -> bool:
         """Let go of all that nobody has open (at one worker); whether there was any."""

@@ -221,8 +221,7 @@ class World:
                 try:
                     yield client
                 finally:
-                    for connection in joined.values():
-                        client.joined.append(connection)
+                    client.joined.extend(joined.values())
                     nursery.cancel_scope.cancel()
         for connection in client.joined:
             await connection.aclose()
