@@ -210,6 +210,8 @@ class Content:
             )
 
     def commit_content(self, req: CommitContent) -> Attr:
+        """SessionExpiredError: nothing is lost, commit in a new session."""
+        self._sessions.touch(req.session_id)
         tx = self._store.transaction()
         record = self._file(tx, req.ino)
         if record.container != req.container:
