@@ -160,13 +160,15 @@ def _resolved(path: AnyPath) -> bytes:
     return os.path.join(os.path.realpath(parent), name)
 
 
-def umount(path: AnyPath, *, is_lazy: bool = False) -> None:
+def umount(path: AnyPath, *, is_lazy: bool = False, is_forced: bool = False) -> None:
     """Unmount what is mounted at `path`; UserError in one line when it can't be done. Blocks until the
-    filesystem has answered what the kernel still wants. Lazy: at once, even if it is in use."""
+    filesystem has answered what the kernel still wants. Lazy: at once, even if it is in use. Forced
+    (root only): requests that are waiting get an error, whether or not it can be unmounted then."""
     shown = os.fsdecode(path)
     target = os.fsdecode(_resolved(path))
     helper = shutil.which("fusermount3") or shutil.which("fusermount")
-    command = ["umount", "--no-canonicalize", *(["--lazy"] if is_lazy else []), "--", target]
+    flags = [*(["--lazy"] if is_lazy else []), *(["--force"] if is_forced else [])]
+    command = ["umount", "--no-canonicalize", *flags, "--", target]
     if os.geteuid() != 0 and helper is not None:
         command = [helper, "-u", *(["-z"] if is_lazy else []), "--", target]
     command[0] = shutil.which(command[0], path=_system_path()) or command[0]

@@ -9,6 +9,7 @@ import logging
 import os
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyfuse3
@@ -78,6 +79,7 @@ class _Session:
         self._answering = trio.CancelScope(shield=True)
         self._is_detached = False
         """Unmounted lazily: nothing of ours is at the mountpoint any more."""
+        self._device = ""
 
     async def run(
         self,
@@ -109,6 +111,8 @@ class _Session:
             pyfuse3.init(self._operations, self._mountpoint, kernel_options(self._options))
         except RuntimeError as exc:
             raise UserError(f"cannot mount at {self._mountpoint}: {_why_not(self._options)}") from exc
+        mount = mountpoints.mount_at(self._mountpoint)
+        self._device = mount.device if mount is not None else ""
         log.info("mounted at %s (session=pyfuse3)", self._mountpoint)
 
     async def _answer(self) -> None:
@@ -188,6 +192,11 @@ class _Session:
                 log.error("it stays stuck: the session is left to the end of the process")
                 return
         pyfuse3.close(unmount=not self._is_detached)
+        left = mountpoints.mount_at(self._mountpoint)
+        if left is not None and left.is_ours and left.device == self._device:
+            # The connection was aborted (umount --force, or in /sys): libfuse leaves such a mount.
+            with suppress(UserError):
+                mountpoints.umount(self._mountpoint, is_lazy=True)
 
 
 async def _first(ended: trio.Event, stop: trio.Event) -> None:
@@ -218,6 +227,8 @@ def _why_not(options: MountOptions) -> str:
     """libfuse has printed its own words to stderr; this is the usual reason."""
     if not os.path.exists("/dev/fuse"):
         return "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
+    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
+        return "you may not use /dev/fuse (usually it has mode 0666)"
     if os.geteuid() == 0:
         return "the kernel refused it (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
     if options.is_allowed_for_others:
@@ -234,18 +245,14 @@ def tune(mountpoint: str, options: MountOptions) -> None:
         return
     read_ahead = READ_AHEAD_BYTES if options.read_ahead_bytes is None else options.read_ahead_bytes
     _write_setting(Path("/sys/class/bdi") / mount.device / "read_ahead_kb", read_ahead >> 10)
-    _write_setting(_connection(mount) / "max_background", MAX_BACKGROUND)
-
-
-def _connection(mount: mountpoints.Mount) -> Path:
-    """The kernel's controls of a mount; its directory is named by the minor device number."""
-    return Path("/sys/fs/fuse/connections") / mount.device.partition(":")[2]
+    connection = Path("/sys/fs/fuse/connections") / mount.device.partition(":")[2]
+    _write_setting(connection / "max_background", MAX_BACKGROUND)
 
 
 def _abort(mountpoint: str) -> None:
-    mount = mountpoints.mount_at(mountpoint)
-    if mount is not None and mount.is_ours:
-        _write_setting(_connection(mount) / "abort", 1)
+    """Whatever waits in the kernel gets an error (MNT_FORCE); root only."""
+    with suppress(UserError):
+        mountpoints.umount(mountpoint, is_forced=True)
 
 
 def _write_setting(path: Path, value: int) -> None:

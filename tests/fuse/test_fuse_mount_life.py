@@ -45,6 +45,21 @@ def test_unmounting_from_outside_ends_the_daemon(local_daemon: Callable[..., Loc
     assert daemon.daemon.wait() == 0
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may abort a connection")
+def test_an_aborted_connection_ends_the_daemon_and_leaves_no_mount(
+    local_daemon: Callable[..., LocalDaemon],
+) -> None:
+    daemon = local_daemon()
+    descriptor = os.open(daemon.mount, os.O_RDONLY)
+    try:
+        with pytest.raises(UserError, match="is in use"):
+            umount(str(daemon.mount), is_forced=True)
+    finally:
+        os.close(descriptor)
+    assert daemon.daemon.wait() == 0
+    assert not mount_lines(daemon.mount)
+
+
 def test_a_busy_mount_is_not_unmounted_but_detached_by_a_signal(
     local_daemon: Callable[..., LocalDaemon],
 ) -> None:
