@@ -67,13 +67,17 @@ class Leases:
         self._unbind(lock)
         self._orphan(lock)
 
-    def orphan_of(self, slab: Slab, session_id: int) -> Lock | None:
-        """The writer's lock in its grace period that this session may take up again: its own, or
-        one of a life before this process's."""
+    def orphan_of(self, slab: Slab, session_id: int, *, or_unknown: bool = False) -> Lock | None:
+        """The session's own writer's lock in its grace period; with `or_unknown` also one of a life
+        before this process's, whose session is not known."""
         if slab.state != WRITING:
             return None
         for lock in self._slabs.locks.values():
-            if lock.slab is slab and lock.orphaned and lock.session_id in (0, session_id):
+            if (
+                lock.slab is slab
+                and lock.orphaned
+                and (lock.session_id == session_id or (or_unknown and lock.session_id == 0))
+            ):
                 lock.session_id = session_id
                 return lock
         return None

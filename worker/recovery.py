@@ -15,7 +15,7 @@ from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
 from alluxiofuse.ids import PAGE_BYTES, page_count
 from alluxiofuse.worker import layout
-from alluxiofuse.worker.checksums import ZERO_PAGE
+from alluxiofuse.worker.checksums import ZERO_PAGE, data_pages
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.layout import Marker, slab_path
 from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab, round_up
@@ -174,10 +174,23 @@ def _slab(index: Index, container: int, record: SlabRecord, directory: Directory
     if slab.zeros and os.stat(path).st_size == record.size:
         slab.verified = slab.zeros  # holes: there are no bytes that could have changed
     if record.state == WRITING:
-        found = os.stat(path)
-        slab.granted_end = found.st_size
-        slab.reserved = round_up(max(found.st_blocks * 512, 0))
-        slab.dirty_pages = -1
+        _recover_writing(slab, path)
     elif record.state == DIRTY and slab.present != slab.all_pages:
         log.error("dirty container %x: pages are missing from the index", container)
     return slab
+
+
+def _recover_writing(slab: Slab, path: str) -> None:
+    """The file is the truth. When it has holes, nothing below its end is granted: its data is charged,
+    and who goes on writing reserves anew."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        size = os.fstat(fd).st_size
+        data = data_pages(fd, size)
+    finally:
+        os.close(fd)
+    slab.dirty_pages = -1
+    if data == (1 << page_count(size)) - 1:
+        slab.granted_end, slab.reserved = size, round_up(size)
+    else:
+        slab.granted_end, slab.reserved = 0, data.bit_count() * PAGE_BYTES

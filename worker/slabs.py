@@ -45,6 +45,14 @@ from alluxiofuse.worker.slab import (
 from alluxiofuse.worker.tiers import Directory, Tiers
 
 
+def writing_charge(slab: Slab, granted_end: int) -> int:
+    """What a complete slab costs while it is open for writing below `granted_end`. When that is less
+    than its size (a sparse file, not all of which would fit), its data counts besides."""
+    if granted_end >= slab.size:
+        return round_up(granted_end)
+    return (slab.present & ~slab.zeros).bit_count() * PAGE_BYTES + round_up(granted_end)
+
+
 class Slabs:
     """All slabs of a worker. `room_changed` is called when something may have become free,
     `pressure` when a directory rose above the high watermark."""
@@ -232,7 +240,7 @@ class Slabs:
             self.dirty_bytes += slab.charged
             self.report_orphan(slab)
         elif slab.state == WRITING:
-            self.lock(slab, 0, is_writer=True)
+            self.lock(slab, 0, is_writer=True).orphaned = -1
 
     # --- clean slabs ------------------------------------------------------------------------------
 
@@ -390,7 +398,7 @@ class Slabs:
         slab.free_mode = FREE_NO
         slab.dirty_pages = 0
         slab.granted_end = granted_end
-        slab.reserved = round_up(granted_end)
+        slab.reserved = writing_charge(slab, granted_end)
         self.by_container[container] = slab
         self.account(slab)
         self.changed[old] = self.changed[container] = None

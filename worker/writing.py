@@ -43,7 +43,7 @@ from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
-from alluxiofuse.worker.slabs import Slabs
+from alluxiofuse.worker.slabs import Slabs, writing_charge
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +55,11 @@ _INLINE_BYTES = 1 << 20
 _SEAL_ATTEMPTS = 5
 """Checksums are computed again when the file changed under them: a writer that did not keep to the
 rules. After so many times the last ones count."""
+
+
+def page_end(offset: int) -> int:
+    """End of the page that `offset` - 1 is in."""
+    return -(-offset // PAGE_BYTES) * PAGE_BYTES
 
 
 class Writing:
@@ -97,8 +102,12 @@ class Writing:
     def _may_join(self, slab: Slab, request: BeginWrite) -> bool:
         if slab.state != WRITING:
             raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
-        end = os.fstat(self._fd(slab)).st_size + request.reserve_bytes
-        return self._grow_now(slab, end)
+        return self._grow_now(slab, self._wanted_end(slab, request))
+
+    def _wanted_end(self, slab: Slab, request: BeginWrite) -> int:
+        if not request.reserve_bytes:
+            return slab.granted_end
+        return os.fstat(self._fd(slab)).st_size + request.reserve_bytes
 
     def _create_now(self, container: int, reserve_bytes: int) -> Slab | None:
         """A new empty slab in the best directory that has room now."""
@@ -133,8 +142,7 @@ class Writing:
             elif slab is None:
                 slab = await self._create_patiently(request)
             elif not self._may_join(slab, request):
-                end = os.fstat(self._fd(slab)).st_size + request.reserve_bytes
-                await self._grow(slab, end)
+                await self._grow(slab, self._wanted_end(slab, request))
             if slab.state != WRITING:
                 raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
             return self._grant(peer, request, slab)
@@ -165,8 +173,7 @@ class Writing:
             raise StaleError(f"container {request.old_container:x} is here no more")
         self._slabs.pin(old)
         try:
-            end = old.size + request.reserve_bytes
-            while not await self._is_ready(old, request, end):
+            while (end := await self._ready_end(old, request)) < 0:
                 if old.state == WRITING:
                     raise StaleError(f"container {request.old_container:x} has become another one")
             self._slabs.begin_writing(old, request.container, end)
@@ -193,23 +200,30 @@ class Writing:
             if target.is_durable:
                 await self._room.move(slab, target)
 
-    async def _is_ready(self, old: Slab, request: BeginWrite, end: int) -> bool:
-        """One step towards a slab that can become another container; True when nothing is left to do
-        (then no await has happened since)."""
+    async def _ready_end(self, old: Slab, request: BeginWrite) -> int:
+        """One step towards a slab that can become another container: -1, or the end to be granted
+        when nothing is left to do (then no await has happened since)."""
         if old.state == WRITING:
-            return False
+            return -1
         if old.upload is not None:
             await old.upload.stop()
-        elif old.verified != old.all_pages:
+            return -1
+        if old.verified != old.all_pages:
             source = request.source or old.source
             await self._fetcher.fetch(old, 0, old.page_count, source=source, patience_s=PATIENCE_S)
-        elif old.jobs:
+            return -1
+        if old.jobs:
             await self._fetcher.settle(old)
-        elif (extra := round_up(end) - old.charged) > max(0, old.directory.available):
-            await self._room.make(old.directory, extra, PATIENCE_S)
-        else:
-            return True
-        return False
+            return -1
+        # A sparse file for whose holes there is no room is granted nothing below its end yet.
+        for end in (
+            (old.size + request.reserve_bytes, 0) if old.zeros else (old.size + request.reserve_bytes,)
+        ):
+            extra = writing_charge(old, end) - old.charged
+            if extra <= max(0, old.directory.available):
+                return end
+        await self._room.make(old.directory, extra, PATIENCE_S)
+        return -1
 
     def _grant(self, peer: Peer, request: BeginWrite, slab: Slab) -> Answer[WriteGrant]:
         lock = self._writer_of(slab, request.session_id)
@@ -223,7 +237,7 @@ class Writing:
     def _writer_of(self, slab: Slab, session_id: int) -> Lock:
         """The session's one writer's lock of a slab, taken up again or new."""
         if slab.writers:
-            orphan = self.leases.orphan_of(slab, session_id)
+            orphan = self.leases.orphan_of(slab, session_id, or_unknown=True)
             if orphan is not None:
                 return orphan
             for lock in self._slabs.locks.values():
@@ -239,16 +253,24 @@ class Writing:
             return True
         if end > MAX_SLAB_BYTES:
             raise FsError(errno.EFBIG)
+        is_inside = end < os.fstat(self._fd(slab)).st_size
+        if is_inside:
+            end = page_end(end)  # the last page that is granted is a whole one
         generous = round_up(end + max(MIN_GRANT_BYTES, min(end, MAX_GRANT_BYTES)))
         free = round_up(slab.granted_end) + (slab.directory.available & ~4095)
-        return min(generous, free) >= end and self._slabs.grant(slab, min(generous, free))
+        granted = min(generous, free)
+        if is_inside:
+            granted -= granted % PAGE_BYTES
+        return granted >= end and self._slabs.grant(slab, granted)
 
     async def _grow(self, slab: Slab, end: int) -> None:
         self._slabs.pin(slab)
         try:
             deadline = trio.current_time() + PATIENCE_S
             while slab.state == WRITING and not self._grow_now(slab, end):
-                needed = round_up(end) - round_up(slab.granted_end)
+                is_inside = end < os.fstat(self._fd(slab)).st_size
+                wanted = page_end(end) if is_inside else round_up(end)
+                needed = wanted - round_up(slab.granted_end)
                 await self._room.make(slab.directory, needed, deadline - trio.current_time())
         finally:
             self._slabs.unpin(slab)
@@ -312,12 +334,19 @@ class Writing:
         return offset
 
     def truncate(self, peer: Peer, request: Truncate) -> Nothing:
-        """Growing makes a hole and needs no room."""
+        """Growing makes a hole and needs no room beyond the page in which it begins."""
         slab = self._writer(request.lock_id).slab
         if request.size > MAX_SLAB_BYTES:
             raise FsError(errno.EFBIG)
         fd = self._fd(slab)
         before = os.fstat(fd).st_size
+        if request.size > slab.granted_end:
+            # The page at the granted end will be a whole one.
+            end = min(request.size, page_end(slab.granted_end))
+            if not self._room.make_now(
+                slab.directory, round_up(end) - round_up(slab.granted_end)
+            ) or not self._slabs.grant(slab, end):
+                raise NoSpaceError("no room to make the file longer")
         try:
             os.ftruncate(fd, request.size)
         except OSError as exc:
