@@ -114,7 +114,7 @@ class World:
     async def settle(self, timeout_s: float = 30.0) -> None:
         """Until the log is empty."""
         with trio.move_on_after(timeout_s):
-            while not self.persister.is_idle():
+            while not self.persister.is_idle():  # noqa: ASYNC110
                 await trio.sleep(0.005)
             self.validate()
             return
