@@ -145,9 +145,10 @@ class Content:
     async def assign(self, *, is_truncating: bool) -> Writing:
         """Under the lock, while not writing: the master gives home and container."""
         session = self.core.session
-        home = await self.core.workers.home()
-        layout = await session.call(
-            ops.BeginWrite(session.id, self.ino, home, is_truncating), is_idempotent=True
+        layout = await self.core.with_home(
+            lambda home: session.call(
+                ops.BeginWrite(session.id, self.ino, home, is_truncating), is_idempotent=True
+            )
         )
         is_empty = is_truncating or not layout.base_container
         writing = Writing(self.core, layout, is_empty=is_empty, mtime_ns=time.time_ns())

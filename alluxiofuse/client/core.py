@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
+
+import trio
 
 from alluxiofuse.client.direct import DirectReader
 from alluxiofuse.client.session import Session
 from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
 from alluxiofuse.config import ClientConfig
+from alluxiofuse.errors import UnavailableError
 
 if TYPE_CHECKING:
     from alluxiofuse.client.content import Content
 
+T = TypeVar("T")
+
+NO_WORKER = "no worker is running: start one to write files"
+_RETRY_S = 0.2
 MAX_KERNEL_CONTAINERS = 100_000
 
 
@@ -67,3 +75,19 @@ class Core:
             del self.contents[content.ino]
             content.drop_slab()
         self.session.release(content.ino)
+
+    async def with_home(self, ask: Callable[[int], Awaitable[T]]) -> T:
+        """`ask` with the worker to write to. UnavailableError when there is none, after some patience
+        where there were workers lately."""
+        deadline = trio.current_time() + self.config.patience_s
+        while True:
+            try:
+                home = self.workers.local_worker_id or await self.workers.home()
+                if not home:
+                    raise UnavailableError(NO_WORKER)
+                return await ask(home)
+            except UnavailableError:
+                if not self.workers.was_seen_lately or trio.current_time() + _RETRY_S > deadline:
+                    raise
+            await trio.sleep(_RETRY_S)
+            await self.workers.refresh()

@@ -26,7 +26,7 @@ from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
 from alluxiofuse.client.writing import Writing
 from alluxiofuse.config import ClientConfig
-from alluxiofuse.errors import AlluxioFuseError, UnavailableError
+from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire import worker_ops
@@ -54,7 +54,6 @@ LIVE_STAT_S = 1.0
 """How long a home may take to tell the size of what is being written there."""
 CLOSING_S = 5.0
 """How long a cancelled `run` may take to commit what is being written."""
-NO_WORKER = "no worker is running: start one to write files"
 
 
 class FileSystem:
@@ -366,15 +365,14 @@ class FileSystem:
     ) -> tuple[Attr, OpenFile]:
         """open(2) with O_CREAT; EEXIST with O_EXCL. `mode`: permission bits after umask.
         UnavailableError (EIO): it shall be written and no worker is running."""
-        home = 0
+
+        async def ask(home: int) -> ops.Created:
+            return await self._session.call(
+                ops.Create(who, self._session.id, parent, name, mode, bool(flags & os.O_EXCL), home)
+            )
+
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        if is_writer:
-            home = self._workers.local_worker_id or await self._workers.home()
-            if not home:
-                raise UnavailableError(NO_WORKER)
-        created = await self._session.call(
-            ops.Create(who, self._session.id, parent, name, mode, bool(flags & os.O_EXCL), home)
-        )
+        created = await (self._core.with_home(ask) if is_writer else ask(0))
         content = self._opened(created.attr, created.layout)
         if not created.is_new:
             return await self._finish_open(content, created.layout, flags)

@@ -94,6 +94,11 @@ async def _read_own(file: OpenFile, content: Content, offset: int, size: int) ->
     return data
 
 
+class _NoHolder(UnavailableError):
+    def __init__(self) -> None:
+        super().__init__("no worker that has the file's content is running")
+
+
 class _Attempts:
     """One read that needs more than a pread."""
 
@@ -124,7 +129,11 @@ class _Attempts:
             except UfsChangedError:
                 await self._source_changed(layout)
             except StaleError as exc:
-                await self._stale(exc)
+                if layout.source is None and not layout.home and worker_id not in layout.workers:
+                    # Only a guess: those that have it are not known to the master (yet again).
+                    await self._failed(worker_id, _NoHolder())
+                else:
+                    await self._stale(exc)
             except (ConnectionLost, UnavailableError, ChecksumError) as exc:
                 await self._failed(worker_id, exc)
 
@@ -148,7 +157,7 @@ class _Attempts:
         """Others next; when there are none, all again with what the master knows by then."""
         log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
         self._discard_slab()
-        if worker_id and not isinstance(exc, ChecksumError):
+        if worker_id and not isinstance(exc, ChecksumError | _NoHolder):
             self._core.workers.failed(worker_id)
         if worker_id and worker_id not in self._excluded:
             self._excluded.add(worker_id)
@@ -184,7 +193,7 @@ class _Attempts:
     async def _read_sealed(self, worker_id: int, layout: Layout, offset: int, length: int) -> Buffer:
         if not worker_id:
             if layout.source is None:
-                raise UnavailableError("no worker that has the file's content is running")
+                raise _NoHolder()
             return await self._core.direct.read(layout.source, offset, length)
         connection = await self._core.workers.connection(worker_id)
         if connection.can_pass_fds:

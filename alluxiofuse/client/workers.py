@@ -21,6 +21,7 @@ REFRESH_S = 10.0
 """How old the list of workers may be before it is asked for again, when something is missing from it
 this is `MIN_REFRESH_S`."""
 MIN_REFRESH_S = 0.25
+LATELY_S = 30.0
 DOWN_S = 1.0
 """For how long a worker that could not be reached is not tried again, where another one can serve."""
 
@@ -50,6 +51,8 @@ class WorkerPool:
         self._infos: dict[int, WorkerInfo] = {}
         """Alive, as of the last list."""
         self._listed_at = float("-inf")
+        self._seen_at = float("-inf")
+        """When a list last named an alive worker."""
         self._listing = trio.Lock()
         self._connections: dict[int, Connection] = {}
         self._dialling: dict[int, trio.Lock] = {}
@@ -88,6 +91,12 @@ class WorkerPool:
             if self._is_local(info.address) and not self._is_down(worker_id, now):
                 return worker_id
         return 0
+
+    @property
+    def was_seen_lately(self) -> bool:
+        """There were workers a moment ago: if there are none now, some may be coming back (a restarted
+        master hears of them one by one)."""
+        return trio.current_time() - self._seen_at < LATELY_S
 
     def _is_local(self, address: WorkerAddress) -> bool:
         return bool(address.unix_path) and address.hostname == self.hostname
@@ -157,6 +166,8 @@ class WorkerPool:
                 log.debug("no list of workers: %s", exc)
                 return
             self._listed_at = now
+            if any(info.is_alive for info in infos):
+                self._seen_at = now
             self._infos = {info.address.worker_id: info for info in infos if info.is_alive}
 
     # --- connections --------------------------------------------------------------------------------

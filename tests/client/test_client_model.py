@@ -196,3 +196,23 @@ def test_two_clients_closed_after_each_step(kind: str, seed: int) -> None:
             await model.check_all()
 
     in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [UNIX, TCP])
+def test_daemons_restart_between_steps(kind: str) -> None:
+    """Programs with open files see nothing of it."""
+
+    async def test(world: World) -> None:
+        async with world.client(patience_s=20.0) as client:
+            model = Model([client], random.Random(3000))
+            for number in range(STEPS):
+                await model.step()
+                if number % 25 == 10:
+                    await world.stop_worker()
+                    await world.start_worker()
+                elif number % 25 == 20:
+                    await world.stop_master()
+                    await world.start_master()
+            await model.check_all()
+
+    in_world(kind)(test)
