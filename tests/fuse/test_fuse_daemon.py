@@ -3,6 +3,7 @@
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 
@@ -17,11 +18,19 @@ def run(body: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def wait_for_end(pid: int) -> None:
+    """Of a process that is not our child."""
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def test_ready_ends_the_command_and_detaches_its_output(tmp_path: Path) -> None:
     done = run(
         """
         pipe = daemonize(Path(sys.argv[1]) / "log")
-        print("before", flush=True)
+        print(os.getpid(), flush=True)
         pipe.ready()
         print("after", flush=True)
         assert os.getcwd() == "/" and os.getsid(0) == os.getpid()
@@ -29,9 +38,9 @@ def test_ready_ends_the_command_and_detaches_its_output(tmp_path: Path) -> None:
         """,
         tmp_path,
     )
-    assert (done.returncode, done.stdout, done.stderr) == (0, "before\n", "")
-    # capture_output read to the end of file, so the daemon has let go of the pipes. It may still be
-    # about to write its log: the file is there with mode 0600 either way.
+    assert (done.returncode, done.stderr) == (0, "")
+    wait_for_end(int(done.stdout))
+    assert (tmp_path / "log").read_text() == "after\n"
     assert (tmp_path / "log").stat().st_mode & 0o777 == 0o600
 
 

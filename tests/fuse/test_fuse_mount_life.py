@@ -202,6 +202,28 @@ class TestTwoMountsOfOneCluster:
             os.rename(first / "next", first / "file")
             assert (second / "file").read_text().isdigit()
 
+    def test_both_go_on_after_the_master_was_killed(self, cluster: Callable[..., Cluster]) -> None:
+        made = cluster(workers=1)
+        made.expects_clean_end = False
+        second = made.base / "second"
+        second.mkdir()
+        made.add_mount(second)
+        first = made.mount
+        for number in range(20):
+            (first / f"{number}").write_text("before")
+        eventually(lambda: len(os.listdir(second)) == 20, "the files")
+        assert not (second / "later").exists()
+        with open(second / "0") as file:
+            made.master.kill()
+            made.master.start()
+            (first / "later").write_text("after")
+            (first / "0").write_text("after, and longer")
+            os.unlink(first / "1")
+            eventually((second / "later").exists, "the new name")
+            eventually(lambda: (second / "0").read_text() == "after, and longer", "the new content")
+            eventually(lambda: not (second / "1").exists(), "the removal")
+            assert file.read() in ("before", "after, and longer")
+
     def test_many_changes_at_once(self, pair: tuple[Path, Path]) -> None:
         first, second = pair
         (first / "dir").mkdir()
