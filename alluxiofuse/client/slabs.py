@@ -20,9 +20,9 @@ log = logging.getLogger(__name__)
 
 INLINE_BYTES = 1 << 20
 """Reads up to this size try the page cache in the trio thread; larger ones go to a thread at once."""
-IDLE_S = 5.0
+IDLE_S = 3.0
 """How long a slab that nobody has open is kept: its lock keeps the worker from evicting it."""
-MAX_IDLE_BYTES = 256 << 20
+MAX_IDLE_BYTES = 64 << 20
 """Of content that idle slabs lock, all together."""
 DETACH_BATCH = 100
 DETACH_DELAY_S = 0.05

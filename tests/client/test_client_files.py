@@ -437,3 +437,18 @@ def test_fsync_without_a_durable_tier_means_the_under_storage() -> None:
             assert await client.get(b"f") == b"IN memory"
 
     in_world(IN_PROCESS, worker={"tier": "MEM"}, master={"persist_delay_s": 30.0})(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_more_files_than_room(kind: str) -> None:
+    """What is persisted makes room for what is new; what was evicted is read again."""
+
+    async def test(world: World) -> None:
+        async with world.client() as client:
+            contents = {b"%d" % number: os.urandom(1_000_000) for number in range(30)}
+            for name, data in contents.items():
+                await client.put(name, data)
+            for name, data in contents.items():
+                assert await client.get(name) == data
+
+    in_world(kind, worker={"quota": 6 << 20})(test)
