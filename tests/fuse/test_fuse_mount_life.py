@@ -193,6 +193,21 @@ class TestTwoMountsOfOneCluster:
             (first / "file").write_text(text)
             assert (second / "file").read_text() == text
 
+    def test_reading_what_the_other_is_writing(self, pair: tuple[Path, Path]) -> None:
+        """`tail -f` on another machine: everybody goes to the file's home while it is open."""
+        first, second = pair
+        path = first / "log"
+        path.touch()
+        eventually((second / "log").exists, "the file")
+        with path.open("ab", buffering=0) as writer, (second / "log").open("rb", buffering=0) as reader:
+            for number in range(30):
+                writer.write(b"%09d\n" % number)
+                assert os.fstat(reader.fileno()).st_size == (number + 1) * 10
+                assert os.pread(reader.fileno(), 100, number * 10) == b"%09d\n" % number
+            os.ftruncate(writer.fileno(), 5)
+            assert os.fstat(reader.fileno()).st_size == 5
+            assert os.pread(reader.fileno(), 100, 0) == b"00000"
+
     def test_replacing_a_file_that_the_other_opens_never_fails_it(self, pair: tuple[Path, Path]) -> None:
         first, second = pair
         (first / "file").write_text("0")
