@@ -113,9 +113,16 @@ class Planner:
                 return None
             at = found.by
         for member in seen[seen.index(at) :]:
-            job = self._move_aside(member)
+            job = self._move_aside(member) if isinstance(member, int) else self._remove_now(*member)
             if job is not None:
                 return job
+        return None
+
+    def _remove_now(self, mount_id: int, path: bytes) -> Job | None:
+        """A removal that only waited for its heir, which would have overwritten what is there."""
+        found = self._plan_removal(mount_id, path, has_heir=False)
+        if isinstance(found, Job) and self._locks.conflict(found.locks, found.key) is None:
+            return found
         return None
 
     # --- inodes -----------------------------------------------------------------------------------
@@ -261,13 +268,12 @@ class Planner:
         tx.commit()
         return True
 
-    def _move_aside(self, key: Key) -> Job | None:
+    def _move_aside(self, key: int) -> Job | None:
         """A job that takes the inode's bytes to a temporary name."""
-        record = self._store.inode(key) if isinstance(key, int) else None
-        entry = self._store.transaction().sync_entry(key) if isinstance(key, int) else None
+        record = self._store.inode(key)
+        entry = self._store.transaction().sync_entry(key)
         if record is None or entry is None or record.location is None or entry.intent is not None:
             return None
-        assert isinstance(key, int)
         is_dir, mount_id = stat.S_ISDIR(record.mode), record.mount_id
         target = MOVING_PREFIX + b"%d" % key
         if record.location == target or (
@@ -284,7 +290,7 @@ class Planner:
 
     # --- removals ---------------------------------------------------------------------------------
 
-    def _plan_removal(self, mount_id: int, path: bytes) -> Plan:
+    def _plan_removal(self, mount_id: int, path: bytes, has_heir: bool = True) -> Plan:
         tx = self._store.transaction()
         entry = tx.remove_entry(mount_id, path)
         if entry is None:
@@ -304,7 +310,7 @@ class Planner:
         moving = None if above is None else tx.sync_entry(above)
         if above is not None and moving is not None and moving.intent is not None:
             return Blocked(above)
-        heir = self._heir(mount_id, path, entry)
+        heir = self._heir(mount_id, path, entry) if has_heir else 0
         if heir:
             return Blocked(heir)
         if entry.is_dir:
@@ -334,6 +340,8 @@ class Planner:
             return 0
         if places.desired_path(self._store, ino, record) != path:
             return 0
+        if places.moving_ancestor(self._store, record):
+            return 0  # it can't come before that has moved, which may wait for this removal
         if entry.is_dir:
             return ino if not record.is_in_ufs and sync.what & SYNC_CONTENT else 0
         return ino if not is_clean(record) or record.location is not None else 0

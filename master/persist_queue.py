@@ -65,6 +65,9 @@ class ReadyQueue:
                 return key
         return None
 
+    def due_s(self, key: Key) -> float | None:
+        return self._due.get(key)
+
     def discard(self, key: Key) -> None:
         self._due.pop(key, None)
 

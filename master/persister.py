@@ -191,6 +191,11 @@ class Persister:
             lines.append(f"{self._name(key)}: {failure.message} ({failure.count} times)")
         return lines
 
+    def explain(self, key: Key) -> str:
+        """What would be done about an entry now, for people."""
+        state = "held, " if self._locks.is_held(key) else ""
+        return f"{state}due {self._queue.due_s(key)}, {self._planner.plan(key)}"
+
     def is_idle(self) -> bool:
         """Nothing is left to do: the log is empty. (Reads the store: for tests and shutdown.)"""
         if self._running or self._uploads:

@@ -111,17 +111,28 @@ class World:
             yield
             nursery.cancel_scope.cancel()
 
-    async def settle(self, timeout_s: float = 30.0) -> None:
+    async def settle(self, timeout_s: float = 20.0) -> None:
         """Until the log is empty."""
         with trio.move_on_after(timeout_s):
             while not self.persister.is_idle():  # noqa: ASYNC110
                 await trio.sleep(0.005)
             self.validate()
             return
-        raise AssertionError(f"not settled: {self.dump()}, failing {self.persister.failing()}")
+        print("not settled:", *self.dump(), *self.persister.failing(), sep="\n")
+        raise AssertionError("not settled")
 
-    def dump(self) -> list[Any]:
-        return [(bytes(k), bytes(v)) for k, v in self.store.scan("persist", b"")][:40]
+    def dump(self) -> list[str]:
+        """What is pending, and what the persister would do about it."""
+        found = []
+        for key, value in self.store.scan("persist", b""):
+            name = f"{key[:1].decode()} {int.from_bytes(key[1:9], 'big')} {key[9:].decode()}"
+            if key[:1] in b"sr":
+                ino = int.from_bytes(key[1:9], "big")
+                plan = self.persister.explain(ino if key[:1] == b"s" else (ino, key[9:]))
+                found.append(f"{name}: {plan}")
+            else:
+                found.append(f"{name}: {value.hex()}")
+        return found[:40]
 
     def validate(self) -> None:
         has_directories = self.mounts.capabilities(1).has_directories
