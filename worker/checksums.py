@@ -1,8 +1,8 @@
 """Page checksums and the blocking work on slab files. No state; called in threads or inline.
 
 A page's checksum is the xxh3-64 of its bytes: PAGE_BYTES of them, fewer in the last page of a
-container. A full page of zeros (`ZERO_PAGE`) is never allocated: it is a hole of the slab, present
-and costing nothing, so that sparse files stay sparse.
+container. A page of zeros is never allocated: it is a hole of the slab, present and costing nothing,
+so that sparse files stay sparse. `ZERO_PAGE` is the checksum of a full one.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 
 import xxhash
 
@@ -29,6 +30,16 @@ Buffer = bytes | bytearray | memoryview
 
 def checksum(data: Buffer) -> int:
     return xxhash.xxh3_64_intdigest(data)
+
+
+@lru_cache(maxsize=64)
+def _zero_checksum(length: int) -> int:
+    return xxhash.xxh3_64_intdigest(bytes(length))
+
+
+def is_zero(value: int, length: int) -> bool:
+    """The checksum is that of `length` zeros (1 .. PAGE_BYTES)."""
+    return value == (ZERO_PAGE if length == PAGE_BYTES else _zero_checksum(length))
 
 
 def wire_checksum(data: Buffer) -> int:
@@ -96,7 +107,8 @@ def store_pages(fd: int, first: int, data: Buffer) -> list[int]:
     view = memoryview(data).cast("B")
     count = page_count(len(view))
     sums = [checksum(view[i * PAGE_BYTES : (i + 1) * PAGE_BYTES]) for i in range(count)]
-    for at, number in runs([i for i in range(count) if sums[i] != ZERO_PAGE]):
+    filled = [i for i in range(count) if not is_zero(sums[i], page_length(i, len(view)))]
+    for at, number in runs(filled):
         pwrite_all(fd, view[at * PAGE_BYTES : (at + number) * PAGE_BYTES], (first + at) * PAGE_BYTES)
     return sums
 
@@ -145,9 +157,11 @@ def sealed_checksums(path: str, pages: int, size: int) -> tuple[dict[int, int], 
         zeros = pages & full & ~data_pages(fd, size)
         found = page_checksums(fd, bits(pages & ~zeros), size)
         zeros |= mask_of(page for page, value in found.items() if value == ZERO_PAGE)
-        for first, count in mask_runs(zeros):
+        last = page_count(size) - 1
+        holes = zeros | (1 << last if last in found and is_zero(found[last], page_length(last, size)) else 0)
+        for first, count in mask_runs(holes):
             punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
-        if zeros:
+        if holes:
             os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
         return {page: value for page, value in found.items() if value != ZERO_PAGE}, zeros
     finally:

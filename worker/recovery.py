@@ -13,9 +13,9 @@ from pathlib import Path
 
 from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
-from alluxiofuse.ids import PAGE_BYTES, page_count
+from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.worker import layout
-from alluxiofuse.worker.checksums import ZERO_PAGE, data_pages
+from alluxiofuse.worker.checksums import data_pages, is_zero
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.layout import Marker, slab_path
 from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab, round_up
@@ -165,10 +165,14 @@ def _slab(index: Index, container: int, record: SlabRecord, directory: Directory
     slab.checksum = record.checksum
     if slab.page_count <= 1:
         slab.present = slab.all_pages if record.is_present else 0
-        slab.zeros = int(record.size == PAGE_BYTES and record.checksum == ZERO_PAGE) & slab.present
+        slab.zeros = slab.present if slab.present and is_zero(record.checksum, record.size) else 0
     else:
         slab.present, slab.zeros = index.presence(container)
         slab.present &= slab.all_pages
+        last = slab.page_count - 1
+        for value in index.checksums(container, [last]).values():
+            if is_zero(value, page_length(last, record.size)):
+                slab.zeros |= 1 << last
         slab.zeros &= slab.present
     path = slab_path(directory.root, container)
     if slab.zeros and os.stat(path).st_size == record.size:

@@ -26,7 +26,7 @@ from alluxiofuse.errors import StaleError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.wire.types import BlockReport, OrphanSeal
 from alluxiofuse.worker import checksums
-from alluxiofuse.worker.checksums import ZERO_PAGE, bits, mask_runs
+from alluxiofuse.worker.checksums import ZERO_PAGE, bits, is_zero, mask_runs
 from alluxiofuse.worker.fds import Descriptors
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.layout import slab_path
@@ -265,7 +265,7 @@ class Slabs:
         known = dict(enumerate(sums, first))
         mask = ((1 << len(sums)) - 1) << first
         for page, value in known.items():
-            if value == ZERO_PAGE and page_length(page, slab.size) == PAGE_BYTES:
+            if is_zero(value, page_length(page, slab.size)):
                 slab.zeros |= 1 << page
         is_new = not slab.present
         slab.present |= mask
@@ -445,6 +445,9 @@ class Slabs:
         slab.size, slab.state = size, DIRTY
         slab.present = slab.verified = slab.all_pages
         slab.zeros = (slab.zeros & kept) | zeros
+        last = after - 1
+        if last in sums and is_zero(sums[last], page_length(last, size)):
+            slab.zeros |= 1 << last
         slab.dirty_pages = slab.reserved = slab.granted_end = slab.write_end = 0
         batch.put(slab.container, self._record(slab))
         self.index.commit(batch)

@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 
 from alluxiofuse.errors import StateError
-from alluxiofuse.ids import PAGE_BYTES
-from alluxiofuse.worker.checksums import ZERO_PAGE, bits, mask_of, page_checksums
+from alluxiofuse.ids import page_length
+from alluxiofuse.worker.checksums import bits, is_zero, mask_of, page_checksums
 from alluxiofuse.worker.layout import stored_slabs
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab
 from alluxiofuse.worker.slabs import Slabs
@@ -98,8 +98,7 @@ def _check_pages(slabs: Slabs, slab: Slab, with_bytes: bool) -> None:
     name = f"{slab.container:x}"
     stored = slabs.stored_checksums(slab, bits(slab.present))
     _same(f"indexed pages of {name}", set(stored), set(bits(slab.present)))
-    full = (1 << (slab.size // PAGE_BYTES)) - 1
-    zeros = mask_of(page for page, value in stored.items() if value == ZERO_PAGE) & full
+    zeros = mask_of(page for page, value in stored.items() if is_zero(value, page_length(page, slab.size)))
     _same(f"pages of zeros of {name}", slab.zeros, zeros)
     if with_bytes:
         fd = slabs.fds.for_reading(slab)

@@ -22,7 +22,7 @@ from alluxiofuse.errors import (
     StaleError,
     UnavailableError,
 )
-from alluxiofuse.ids import PAGE_BYTES, pages_of
+from alluxiofuse.ids import PAGE_BYTES, page_length, pages_of
 from alluxiofuse.rpc.base import Answer, Buffer, Peer
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.worker_ops import (
@@ -38,7 +38,7 @@ from alluxiofuse.wire.worker_ops import (
     WriteGrant,
 )
 from alluxiofuse.worker import checksums
-from alluxiofuse.worker.checksums import ZERO_PAGE, bits
+from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
@@ -372,7 +372,7 @@ class Writing:
         if pages.bit_count() > 1 or slab.pins:
             return self._end_slowly(lock)
         sums = checksums.page_checksums(fd, bits(pages), found.st_size)
-        if ZERO_PAGE in sums.values():
+        if any(checksums.is_zero(v, page_length(page, found.st_size)) for page, v in sums.items()):
             return self._end_slowly(lock)
         self._slabs.seal(slab, found.st_size, sums)
         lock.has_sealed = True
