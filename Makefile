@@ -16,7 +16,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml constraints.txt scripts/install
 
-.PHONY: run test check bench clean help
+.PHONY: run test check bench mount-helper clean help
 
 run: $(VENV)/.installed-run
 	@mkdir -p -m 700 var && mkdir -p '$(MOUNT)' $(if $(findstring ://,$(UFS)),,'$(UFS)')
@@ -35,6 +35,11 @@ check: $(VENV)/.installed-test
 bench: $(VENV)/.installed-run
 	$(BIN)/python scripts/bench.py $(BENCH_ARGS)
 
+# For mount(8) and /etc/fstab: it looks for helpers in /sbin only, and sets no PATH.
+mount-helper: $(VENV)/.installed-run
+	ln -sf '$(CURDIR)/$(BIN)/mount.fuse.alluxiofuse' /sbin/mount.fuse.alluxiofuse
+	ln -sf '$(CURDIR)/$(BIN)/alluxiofuse' /usr/local/bin/alluxiofuse
+
 $(VENV)/.installed-run: $(SOURCES)
 	scripts/install run
 
@@ -51,4 +56,5 @@ help:
 	@echo 'make test [TEST_ARGS=...]    all tests, with real FUSE mounts and a real S3 server'
 	@echo 'make check                   ruff, mypy --strict, the layering test'
 	@echo 'make bench BENCH_ARGS="dir dir..."   measure directories side by side'
+	@echo 'make mount-helper            let mount(8) and /etc/fstab find it (as root)'
 	@echo 'make clean                   remove what was built (not data, mnt, var)'

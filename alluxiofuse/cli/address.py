@@ -41,7 +41,8 @@ def target_of(text: str) -> Target:
     place = _place_of(os.fsencode(os.path.abspath(text)))
     if place is None:
         return Target(_absolute(text, text), None)
-    return Target(os.path.normpath(namespace_root(place.mount) + place.inside), place.mount)
+    path = os.path.join(namespace_root(place.mount), place.inside.lstrip(b"/"))
+    return Target(os.path.normpath(path), place.mount)
 
 
 def _place_of(path: bytes) -> Place | None:

@@ -20,6 +20,7 @@ import trio
 from alluxiofuse.cli.lifecycle import running
 from alluxiofuse.config import MasterConfig, WorkerConfig
 from alluxiofuse.errors import ConnectionLost, UfsUnavailableError, UnavailableError, UserError
+from alluxiofuse.ids import ROOT_MOUNT_ID
 from alluxiofuse.rpc.address import TcpAddress, UnixAddress
 from alluxiofuse.rpc.base import Connection, Service
 from alluxiofuse.rpc.client import Reconnecting, connect
@@ -31,6 +32,7 @@ from alluxiofuse.wire.worker_ops import WorkerReport
 
 if TYPE_CHECKING:
     from alluxiofuse.master.master import Master
+    from alluxiofuse.ufs.base import UnderStorage
     from alluxiofuse.worker.slabs import Slabs
     from alluxiofuse.worker.worker import Worker
 
@@ -40,30 +42,34 @@ MASTER_PATIENCE_S = 10.0
 WILDCARDS = ("0.0.0.0", "::", "")  # noqa: S104 - recognised, not bound
 
 
-async def check_ufs(config: MasterConfig) -> None:
-    """Before anything is made: the root's under storage is known, reachable and lets us in. When there
-    is metadata already, one that is merely unreachable is a warning: what is cached can be served."""
-    if not config.ufs:
-        if not has_metadata(config):
-            raise UserError("no under storage: give --ufs a directory or s3://bucket/prefix")
-        return
+async def check_new_root(config: MasterConfig) -> None:
+    """Before anything is made at a first start: the under storage is known, reachable and lets us in."""
     from alluxiofuse.ufs.registry import open_ufs
 
-    def check() -> None:
-        storage = open_ufs(config.ufs, dict(config.ufs_options))
-        try:
-            storage.check()
-        finally:
-            storage.close()
-
+    if not config.ufs:
+        raise UserError("no under storage: give --ufs a directory or s3://bucket/prefix")
+    storage = open_ufs(config.ufs, dict(config.ufs_options))
     try:
-        with trio.fail_after(UFS_CHECK_TIMEOUT_S):
-            await trio.to_thread.run_sync(check, abandon_on_cancel=True)
-    except (UfsUnavailableError, trio.TooSlowError) as exc:
-        text = getattr(exc, "message", "") or f"{config.ufs} did not answer within {UFS_CHECK_TIMEOUT_S:g} s"
-        if not has_metadata(config):
-            raise UserError(text) from None
-        log.warning("%s; going on with what is cached", text)
+        await _check(storage)
+    finally:
+        storage.close()
+
+
+async def check_known_root(master: Master) -> None:
+    """At later starts, with the options that are stored. A store that is merely unreachable is a warning:
+    what is cached can be served."""
+    try:
+        await _check(master.mounts.storage(ROOT_MOUNT_ID))
+    except UfsUnavailableError as exc:
+        log.warning("%s; going on with what is cached", exc.message)
+
+
+async def _check(storage: UnderStorage) -> None:
+    """`storage.check` within a bounded time."""
+    with trio.move_on_after(UFS_CHECK_TIMEOUT_S):
+        await trio.to_thread.run_sync(storage.check, abandon_on_cancel=True)
+        return
+    raise UfsUnavailableError(f"{storage.uri} did not answer within {UFS_CHECK_TIMEOUT_S:g} s")
 
 
 def has_metadata(config: MasterConfig) -> bool:
@@ -100,8 +106,16 @@ async def running_master(
     """The master with its Unix socket (`config.unix_path`) and, unless `config.port` is -1, TCP."""
     from alluxiofuse.master.master import Master
 
-    await check_ufs(config)
+    is_new = not has_metadata(config)
+    if is_new:
+        await check_new_root(config)
     master = Master(config, close_stale_sessions=is_one_process)
+    if not is_new:
+        try:
+            await check_known_root(master)
+        except BaseException:
+            master.close()
+            raise
     async with running(master.run):
         security.cluster_id = master.cluster_id
         unix = Path(config.unix_path) if config.unix_path else None

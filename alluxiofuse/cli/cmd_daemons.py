@@ -151,6 +151,7 @@ def worker(
     shared.set_up_logging(log_level)
     with StateDir(config.worker.state_dir) as directory:
         config.worker.state_dir = str(directory.worker_directory)
+        directory.worker_directory.mkdir(mode=0o700, exist_ok=True)
         config.worker.unix_path = config.worker.unix_path or str(directory.worker_socket)
         life = Life()
         life.run(lambda _: _worker(config, life, hostname), lambda: _ready(life, directory))

@@ -143,6 +143,7 @@ def _fill_in(plan: Plan) -> None:
     config.master.port = plan.tcp.port if plan.tcp else -1
     config.master.host = plan.tcp.host if plan.tcp else config.master.host
     config.worker.state_dir = str(state.worker_directory)
+    state.worker_directory.mkdir(mode=0o700, exist_ok=True)
     config.worker.unix_path = str(state.worker_socket)
     config.worker.port = 0 if plan.tcp else -1
     config.worker.host = config.master.host

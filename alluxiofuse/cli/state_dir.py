@@ -73,7 +73,7 @@ class StateDir:
 
     def _remove_if_new(self) -> None:
         # A worker's directories elsewhere carry its identity, which is in here from then on.
-        if self._was_made and not self.is_started and not self.worker_directory.exists():
+        if self._was_made and not self.is_started and not (self.worker_directory / "index").exists():
             shutil.rmtree(self.path, ignore_errors=True)
 
 
