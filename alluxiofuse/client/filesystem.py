@@ -74,7 +74,7 @@ class FileSystem:
         self._core = Core(
             self._session,
             workers,
-            SlabCache(config.max_cached_slabs),
+            SlabCache(config.max_cached_slabs, lambda: workers.smallest_tier_bytes),
             DirectReader(master),
             config,
             KernelPages(),

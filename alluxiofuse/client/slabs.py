@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import sys
 from collections import OrderedDict
+from collections.abc import Callable
 
 import trio
 
@@ -23,7 +25,8 @@ INLINE_BYTES = 1 << 20
 IDLE_S = 3.0
 """How long a slab that nobody has open is kept: its lock keeps the worker from evicting it."""
 MAX_IDLE_BYTES = 64 << 20
-"""Of content that idle slabs lock, all together."""
+"""Of content that idle slabs lock, all together; at most a `IDLE_SHARE`th of the smallest tier."""
+IDLE_SHARE = 32
 DETACH_BATCH = 100
 DETACH_DELAY_S = 0.05
 _NOWAIT_FAILS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -43,7 +46,6 @@ class Slab:
         "is_complete",
         "is_dropped",
         "is_durable",
-        "is_in_use",
         "is_unwanted",
         "lock_id",
         "pages",
@@ -75,9 +77,8 @@ class Slab:
         self.is_durable = is_durable
         self.takes_nowait = True
         """Its filesystem can say that a read would block (RWF_NOWAIT)."""
-        self.is_in_use = True
-        """Some open file reads it; otherwise it is idle since `idle_since` (trio time)."""
         self.idle_since = 0.0
+        """trio time since which no open file reads it; means nothing before."""
         self.is_unwanted = False
         """Freed: not kept when its open file is closed."""
         self.is_dropped = False
@@ -165,8 +166,10 @@ class SlabCache:
     """All slabs of a client. In use: each belongs to one open inode. Idle: kept in least recently
     used order, few and not for long. Owned by the FileSystem's trio thread."""
 
-    def __init__(self, max_idle_count: int) -> None:
+    def __init__(self, max_idle_count: int, tier_bytes: Callable[[], int] = lambda: 0) -> None:
+        """`tier_bytes`: capacity of the smallest tier, 0 when it is not known."""
         self._max_idle_count = max_idle_count
+        self._tier_bytes = tier_bytes
         self._idle: OrderedDict[int, Slab] = OrderedDict()
         """Container -> slab."""
         self._idle_bytes = 0
@@ -184,7 +187,6 @@ class SlabCache:
         if slab is not None:
             self._idle_bytes -= slab.size
             if slab.is_good and slab.worker_id == worker_id:
-                slab.is_in_use = True
                 self._used[container] = slab
                 return slab
             self._drop(slab)
@@ -228,8 +230,8 @@ class SlabCache:
         """Its open file does not need it any more; it stays for a while in case it is opened again."""
         if self._used.get(slab.container) is slab:
             del self._used[slab.container]
-        slab.is_in_use = False
-        if slab.is_unwanted or not slab.is_good or slab.fd < 0 or slab.size > MAX_IDLE_BYTES:
+        max_bytes = min(MAX_IDLE_BYTES, (self._tier_bytes() or sys.maxsize) // IDLE_SHARE)
+        if slab.is_unwanted or not slab.is_good or slab.fd < 0 or slab.size > max_bytes:
             self._drop(slab)
             return
         old = self._idle.pop(slab.container, None)
@@ -239,7 +241,7 @@ class SlabCache:
         slab.idle_since = trio.current_time()
         self._idle[slab.container] = slab
         self._idle_bytes += slab.size
-        while len(self._idle) > self._max_idle_count or self._idle_bytes > MAX_IDLE_BYTES:
+        while len(self._idle) > self._max_idle_count or self._idle_bytes > max_bytes:
             self._drop_oldest()
 
     def discard(self, slab: Slab) -> None:

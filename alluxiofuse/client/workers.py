@@ -53,6 +53,8 @@ class WorkerPool:
         self._listed_at = float("-inf")
         self._seen_at = float("-inf")
         """When a list last named an alive worker."""
+        self.smallest_tier_bytes = 0
+        """Capacity of the smallest tier of any alive worker; 0: not known."""
         self._listing = trio.Lock()
         self._connections: dict[int, Connection] = {}
         self._dialling: dict[int, trio.Lock] = {}
@@ -70,7 +72,9 @@ class WorkerPool:
             try:
                 await self._refresh(MIN_REFRESH_S)
                 task_status.started()
-                await trio.sleep_forever()
+                while True:
+                    await trio.sleep(REFRESH_S)
+                    await self._refresh(REFRESH_S / 2)
             finally:
                 self._nursery = None
                 connections, self._connections = self._connections, {}
@@ -169,6 +173,8 @@ class WorkerPool:
             if any(info.is_alive for info in infos):
                 self._seen_at = now
             self._infos = {info.address.worker_id: info for info in infos if info.is_alive}
+            tiers = [tier.capacity_bytes for info in self._infos.values() for tier in info.tiers]
+            self.smallest_tier_bytes = min(tiers, default=0)
 
     # --- connections --------------------------------------------------------------------------------
 
