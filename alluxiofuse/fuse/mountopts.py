@@ -47,11 +47,8 @@ class MountOptions:
     session: str = "auto"
     is_nonempty_allowed: bool = False
     write_type: str | None = None
-    sync_interval_s: float | None = None
     secret_file: str | None = None
     config_file: str | None = None
-    worker: str | None = None
-    """HOST:PORT or unix:PATH of the worker to prefer."""
     log_file: str | None = None
 
     @property
@@ -143,7 +140,14 @@ def _attr_timeout(options: MountOptions, value: str) -> None:
 
 
 def _sync_interval(options: MountOptions, value: str) -> None:
-    options.sync_interval_s = _seconds("sync_interval", value)
+    raise UserError(
+        "sync_interval belongs to an under storage, not to a mount of the namespace: give --sync-interval to "
+        "`alluxiofuse local`, `master` or `fs mount`; -o attr_timeout bounds what this machine caches"
+    )
+
+
+def _worker(options: MountOptions, value: str) -> None:
+    raise UserError("mount option worker comes with a later version: workers of the same host are preferred")
 
 
 def _read_ahead(options: MountOptions, value: str) -> None:
@@ -165,6 +169,6 @@ _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "read_ahead": _read_ahead,
     "secret_file": lambda options, value: _text("secret_file", options, value),
     "config": lambda options, value: _text("config_file", options, value),
-    "worker": lambda options, value: _text("worker", options, value),
+    "worker": _worker,
     "log_file": lambda options, value: _text("log_file", options, value),
 }

@@ -30,13 +30,11 @@ def test_the_last_of_two_contradicting_options_holds() -> None:
 
 
 def test_ours() -> None:
-    options = parse(["write_type=cache_through,sync_interval=30s,attr_timeout=1.5,read_ahead=8MB,worker=h:1"])
+    options = parse(["write_type=cache_through,attr_timeout=1.5,read_ahead=8MB,config=/c,log_file=/l"])
     assert options.write_type == "CACHE_THROUGH"
-    assert options.sync_interval_s == 30
     assert options.cache_limit_s == 1.5
     assert options.read_ahead_bytes == 8 << 20
-    assert options.worker == "h:1"
-    assert parse(["sync_interval=-1"]).sync_interval_s == -1
+    assert (options.config_file, options.log_file) == ("/c", "/l")
     assert parse(["nonempty"]).is_nonempty_allowed
     assert parse(["session=pyfuse3"]).session == "pyfuse3"
 
@@ -60,6 +58,8 @@ def test_a_comma_in_a_value_is_escaped() -> None:
         ("secret_file=", "secret_file"),
         ("secret_file", "secret_file"),
         ("remount,ro", "remount"),
+        ("sync_interval=5", "attr_timeout"),
+        ("worker=h:1", "later version"),
     ],
 )
 def test_what_is_wrong_is_named(text: str, named: str) -> None:
