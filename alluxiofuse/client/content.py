@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_PERSISTED_S = 30.0
+_RETRY_S = 0.02
 
 
 class Content:
@@ -126,21 +127,35 @@ class Content:
             async with self.lock:
                 await self._begin(reserve_bytes)
 
-    async def _begin(self, reserve_bytes: int) -> Writing:
+    async def _begin(self, reserve_bytes: int, *, is_truncating: bool = False) -> Writing:
         """Under the lock: assigned by the master and begun at the worker."""
-        writing = self.writing
-        if writing is not None and writing.is_over:
-            await self._commit_end(writing)  # An earlier commit failed.
-            writing = None
-        if writing is None:
-            writing = await self.assign(is_truncating=False)
-        if not writing.is_begun:
+        deadline = trio.current_time() + self.core.config.patience_s
+        while True:
+            writing = self.writing
+            if writing is not None and writing.is_over:
+                await self._commit_end(writing)  # An earlier commit failed.
+                writing = None
+            if writing is None:
+                writing = await self.assign(is_truncating=is_truncating)
             try:
-                await writing.begin(reserve_bytes)
+                if not writing.is_begun:
+                    await writing.begin(reserve_bytes)
+                return writing
             except NoSpaceError:
                 await self._abandon(writing)
                 raise
-        return writing
+            except StaleError:
+                # Another client has just sealed what we were to join; the master hears of it soon.
+                self._unassign()
+                if trio.current_time() + _RETRY_S > deadline:
+                    raise
+            await trio.sleep(_RETRY_S)
+
+    def _unassign(self) -> None:
+        """Forget a write state in which nothing was written."""
+        self.writing = None
+        self.is_stale = True
+        self.core.kernel_pages.forget(self.ino)
 
     async def assign(self, *, is_truncating: bool) -> Writing:
         """Under the lock, while not writing: the master gives home and container."""
@@ -186,9 +201,16 @@ class Content:
         """End the writing of this client and tell the master. Nothing when there is none."""
         async with self.lock:
             writing = self.writing
-            if writing is not None:
+            if writing is None:
+                return
+            try:
                 await writing.end()
-                await self._commit_end(writing)
+            except StaleError:
+                if writing.is_begun:
+                    raise
+                self._unassign()  # Sealed by another client, and nothing of it was ours.
+                return
+            await self._commit_end(writing)
 
     async def _commit_end(self, writing: Writing) -> None:
         """Under the lock, after `writing.end`."""
@@ -206,7 +228,8 @@ class Content:
         self.layout = Layout(
             self.ino, writing.container, end.size, self.layout.block_bytes, None, home, [writing.worker_id]
         )
-        self.is_stale = not end.is_sealed
+        is_ours = attr.container == writing.container and attr.size == end.size and not attr.home
+        self.is_stale = not is_ours  # Others write to it, or did.
         self.slab = writing.close()
         if self.slab is not None:
             self.core.slabs.adopt(self.slab)
@@ -238,18 +261,17 @@ class Content:
 
     async def _truncate(self, size: int) -> None:
         async with self.lock:
-            if self.writing is not None and self.writing.is_over:
-                await self._commit_end(self.writing)
-            if size == 0 and self.writing is None:
-                is_joining = self.layout.home != 0
-                await self.assign(is_truncating=True)
-                if not is_joining:
+            is_emptying = size == 0 and self.writing is None
+            try:
+                writing = await self._begin(0, is_truncating=is_emptying)
+            except NoSpaceError:
+                # Emptying needs no room: it stays assigned, and is committed empty.
+                if size == 0 and self.writing is not None and self.writing.is_empty:
                     return
-            present = self.writing
-            if size == 0 and present is not None and present.is_empty and not present.is_begun:
-                present.mtime_ns = time.time_ns()
-                return
-            await (await self._begin(0)).truncate(size)
+                raise
+            # Also when it began empty: we may have joined others, who wrote to it meanwhile.
+            if writing.size or size or not is_emptying:
+                await writing.truncate(size)
 
     async def wait_persisted(self) -> None:
         """Until the under storage has the content as of now; the errors of uploading it."""
