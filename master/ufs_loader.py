@@ -25,12 +25,13 @@ from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.master.ufs_compare import Comparer, Dropper, Publisher, TreeHooks
-from alluxiofuse.ufs.base import ListPage, UnderStorage
+from alluxiofuse.ufs.base import ListPage, UfsEntry, UnderStorage
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PAGE_ENTRIES = 1000
+ENTRIES_PER_COMMIT = 1000
 MAX_ABSENT = 100_000
 FOREVER_S = 3600.0
 """cache_s where metadata is never compared again."""
@@ -266,10 +267,8 @@ class UfsLoader:
         next_token: str | None = None
         while True:
             page = await self._ask(record.mount_id, _lister(base, next_token))
-            now = self._store.inode(ino)
-            if now is None or self._base(ino, now) != base:
-                return now is None
-            self._comparer.apply(ino, base, page.entries, token)
+            if not await self._apply(ino, base, page.entries, token):
+                return self._store.inode(ino) is None
             seen.update(entry.path.rpartition(b"/")[2] for entry in page.entries)
             next_token = page.next_token
             if next_token is None:
@@ -279,6 +278,17 @@ class UfsLoader:
                 return True
         self._vanish_unseen(ino, base, seen, token)
         self._set_loaded(ino, fingerprint)
+        return True
+
+    async def _apply(self, ino: int, base: bytes, entries: list[UfsEntry], token: int) -> bool:
+        """A page, in transactions of bounded size. False: the directory was moved or removed."""
+        for start in range(0, len(entries), ENTRIES_PER_COMMIT):
+            if start:
+                await trio.lowlevel.checkpoint()
+            now = self._store.inode(ino)
+            if now is None or self._base(ino, now) != base:
+                return False
+            self._comparer.apply(ino, base, entries[start : start + ENTRIES_PER_COMMIT], token)
         return True
 
     def _vanish_unseen(self, ino: int, base: bytes, seen: set[bytes], token: int) -> None:
