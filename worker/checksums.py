@@ -116,7 +116,7 @@ def store_pages(fd: int, first: int, data: Buffer) -> list[int]:
 def page_checksums(fd: int, pages: Iterator[int] | list[int] | range, size: int) -> dict[int, int]:
     """Checksums of pages as they are in the slab of a container of `size` bytes. A file that is too
     short gives a checksum of what is there, which then does not match."""
-    buffer = bytearray(PAGE_BYTES)
+    buffer = bytearray(min(PAGE_BYTES, size))
     found = {}
     with memoryview(buffer) as view:
         for page in pages:

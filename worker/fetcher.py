@@ -315,6 +315,7 @@ class Fetcher:
             error = exc
         except OSError as exc:
             error = storage_error(exc, job.slab.directory, self._slabs.counters)
+            self._discard(job)
         except Exception:
             log.exception("a fetch failed: a bug in a connector")
             error = AlluxioFuseError("a fetch failed inside the worker: see its log")
@@ -343,6 +344,14 @@ class Fetcher:
                 os.close(fd)
             await trio.sleep(BACKOFF_S * 4**attempt)
         raise UfsChangedError("unreachable")
+
+    def _discard(self, job: Job) -> None:
+        """Give back what a failed job may have written: its pages are not present."""
+        try:
+            fd = self._slabs.fds.for_writing(job.slab)
+            checksums.punch_hole(fd, job.first * PAGE_BYTES, job.count * PAGE_BYTES)
+        except OSError as exc:
+            log.warning("a half fetched page stays allocated: %s", exc.strerror)
 
     async def _verify(self, job: Job) -> None:
         slab = job.slab

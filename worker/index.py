@@ -143,7 +143,8 @@ class Index:
         """Opens or creates it. UserError when another process has it, StateError when it is not one."""
         self.directory = directory
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            directory.mkdir(mode=0o700, exist_ok=True)
             names = os.listdir(directory)
         except OSError as exc:
             raise StateError(f"{directory} can't be used for state: {exc.strerror}") from None

@@ -101,8 +101,9 @@ def claim(root: Path, marker: Marker) -> int:
             text = {"format": FORMAT, "worker_uuid": marker.worker_uuid, "directory_id": marker.directory_id}
             os.pwrite(fd, json.dumps(text).encode(), 0)
             os.fsync(fd)
+        (root / "slabs").mkdir(mode=0o700, exist_ok=True)
         for number in range(256):
-            (root / "slabs" / f"{number:02x}").mkdir(mode=0o700, parents=True, exist_ok=True)
+            (root / "slabs" / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
     except OSError as exc:
         os.close(fd)
         raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None

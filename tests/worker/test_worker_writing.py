@@ -277,17 +277,22 @@ async def test_writing_again_stops_the_upload_and_never_mixes(tmp_path: Path) ->
 async def test_upload_is_cancelled_by_command_and_by_free(tmp_path: Path) -> None:
     gate = Gated.gate
     async with running(tmp_path, open_ufs=open_gated) as world:
-        for number, make in enumerate((lambda c: CancelPersistCommand(1), lambda c: FreeCommand([c], False))):
+        container = 0
+        for number in range(2):
             gate.clear()
             Gated.entered.clear()
             container, _ = await world.write_new(pattern(100))
             world.persist(container, 100, b"out")
             slab = world.slabs.by_container[container]
             await eventually(Gated.entered.is_set, "it began")
-            world.master.send(make(container))
-            await eventually(lambda slab=slab: bool(slab.upload and slab.upload.is_cancelled), "it is told")
+            upload = slab.upload
+            assert upload is not None
+            world.master.send(FreeCommand([container], False) if number else CancelPersistCommand(1))
+            while not upload.is_cancelled:
+                await world.heartbeats(1)
             gate.set()
-            await eventually(lambda number=number: len(world.master.done) == number + 1, "it is reported")
+            while len(world.master.done) <= number:
+                await world.heartbeats(1)
             assert world.master.done[-1].error_code == "stale"
         assert container not in world.slabs.by_container
         assert not (world.master.ufs / "out").exists()

@@ -83,6 +83,8 @@ class TinyMaster(Service):
 
     def __init__(self, ufs: Path) -> None:
         self.ufs = ufs
+        self.uri = f"file://{ufs}"
+        self.options = {"fsync": "false"}
         self.is_down = False
         self.epoch = 0
         self.blocks: dict[int, BlockReport] = {}
@@ -131,7 +133,7 @@ class TinyMaster(Service):
         return run
 
     def _mount(self, request: GetMount) -> MountInfo:
-        return MountInfo(request.mount_id, b"/", f"file://{self.ufs}", False, -1.0, {"fsync": "false"})
+        return MountInfo(request.mount_id, b"/", self.uri, False, -1.0, self.options)
 
     def _register(self, request: RegisterWorker) -> Registration:
         self.epoch += 1

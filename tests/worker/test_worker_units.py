@@ -1,0 +1,159 @@
+"""The plain parts: read-ahead, page masks, the index, reports, registration."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from worker_world import MB, eventually, pattern, running, trio_test
+
+from alluxiofuse.errors import UnavailableError, UserError
+from alluxiofuse.rpc.inprocess import InProcess
+from alluxiofuse.wire.worker_ops import WorkerReport
+from alluxiofuse.worker import checksums
+from alluxiofuse.worker.checksums import ZERO_PAGE
+from alluxiofuse.worker.index import Index, SlabRecord
+from alluxiofuse.worker.readahead import ReadAhead
+from alluxiofuse.worker.slab import CLEAN, Slab
+from alluxiofuse.worker.tiers import Directory
+from alluxiofuse.worker.worker import Worker
+
+
+def test_window_grows_for_a_sequential_reader_and_stays_bounded() -> None:
+    ahead = ReadAhead()
+    windows = []
+    fetched = 0
+    for page in range(200):
+        begin, end = ahead.advance(page, page + 1, MB, 64)
+        assert begin >= fetched or begin == end
+        fetched = max(fetched, end)
+        assert fetched >= page + 1 or begin == end
+        windows.append(ahead.window)
+    assert windows[0] == 2
+    assert max(windows) == 64
+    assert windows == sorted(windows)
+    assert fetched <= 200 + 64 + 32
+
+
+def test_random_reader_gets_nothing_ahead() -> None:
+    ahead = ReadAhead()
+    chance = random.Random(3)
+    for _ in range(100):
+        page = chance.randrange(0, 10**6) * 3
+        begin, end = ahead.advance(page, page + 1, 4096, 64)
+        assert begin == end
+
+
+def test_a_jump_shrinks_the_window() -> None:
+    ahead = ReadAhead()
+    for page in range(50):
+        ahead.advance(page, page + 1, MB, 64)
+    before = ahead.window
+    begin, end = ahead.advance(9000, 9001, MB, 64)
+    assert begin == end
+    assert ahead.window == before // 4
+
+
+@given(st.sets(st.integers(0, 3000)))
+def test_masks(pages: set[int]) -> None:
+    mask = checksums.mask_of(pages)
+    assert mask == sum(1 << page for page in pages)
+    assert list(checksums.bits(mask)) == sorted(pages)
+    found = [page for first, count in checksums.mask_runs(mask) for page in range(first, first + count)]
+    assert found == sorted(pages)
+
+
+def test_zero_pages_are_left_out(tmp_path: Path) -> None:
+    data = bytes(MB) + b"x" * MB + bytes(100)
+    with open(tmp_path / "slab", "w+b", buffering=0) as file:
+        file.truncate(len(data))
+        sums = checksums.store_pages(file.fileno(), 0, data)
+        assert (tmp_path / "slab").read_bytes() == data
+        assert sums[0] == ZERO_PAGE
+        assert checksums.data_pages(file.fileno(), len(data)) == 0b010
+        found = checksums.page_checksums(file.fileno(), range(3), len(data))
+        assert list(found.values()) == sums
+    assert checksums.sealed_checksums(str(tmp_path / "slab"), 0b111, len(data)) == (
+        {1: sums[1], 2: sums[2]},
+        0b001,
+    )
+
+
+def test_index_keeps_pages_of_big_containers_in_chunks(tmp_path: Path) -> None:
+    index = Index(tmp_path / "index")
+    uuid = index.worker_uuid
+    batch = index.batch()
+    batch.put(7, SlabRecord(200 * MB, 1, CLEAN, 0))
+    batch.put_pages(7, {0: 11, 63: 12, 64: 13, 199: 14}, zeros=0b110)
+    index.commit(batch)
+    batch = index.batch()
+    batch.remove_pages(7, 1 << 63)
+    batch.move_chunks(7, 8, 200)
+    index.commit(batch)
+    index.close()
+    index = Index(tmp_path / "index")
+    assert index.worker_uuid == uuid
+    assert index.record(7) is None
+    assert index.presence(7) == (0, 0)
+    # `move_chunks` copies what was there before its batch; removals of the same batch are not seen.
+    present, zeros = index.presence(8)
+    assert present | 1 << 63 == checksums.mask_of([0, 1, 2, 63, 64, 199])
+    assert zeros == 0b110
+    assert index.checksums(8, [0, 1, 64, 100]) == {0: 11, 1: ZERO_PAGE, 64: 13}
+    with pytest.raises(UserError, match="in use"):
+        Index(tmp_path / "index")
+    index.close()
+
+
+def test_report_of_complete_blocks() -> None:
+    slab = Slab(1, 129 * MB, Directory("", 1, 0, 0, True))
+    assert slab.report().blocks == b""
+    slab.present = slab.all_pages & ~(1 << 70)
+    assert slab.report().blocks == b"\x05"
+    assert not slab.report().is_dirty
+    slab.present = slab.all_pages
+    assert slab.report().blocks == b"\x07"
+
+
+@trio_test
+async def test_registers_again_when_the_master_forgot_it(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        container, _ = await world.write_new(pattern(100))
+        await eventually(lambda: container in world.master.blocks, "it is reported")
+        world.master.expire()
+        await eventually(lambda: container in world.master.blocks, "it is reported again")
+        world.master.is_down = True
+        source = world.ufs_file("a", pattern(1000))
+        with pytest.raises(UnavailableError):
+            await world.read_all(11, source)
+        assert await world.read_all(container, None, 100) == pattern(100)
+        world.master.is_down = False
+        assert await world.read_all(11, source) == pattern(1000)
+        await eventually(lambda: 11 in world.master.blocks, "changes of the dark time are reported")
+
+
+@trio_test
+async def test_unknown_and_clean_containers_at_registration(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        one, _ = await world.write_new(pattern(100))
+        two, _ = await world.write_new(pattern(100))
+        master = world.master
+    master.unknown, master.clean = [one], [two]
+    async with running(tmp_path, master=master) as world:
+        await world.worker.wait_registered()
+        assert one not in world.slabs.by_container
+        assert world.slabs.by_container[two].state == CLEAN
+
+
+@trio_test
+async def test_not_ready_before_and_after_run(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        worker = Worker(world.config, InProcess(world.master), hostname="here")
+        client = InProcess(worker.service)
+        with pytest.raises(UnavailableError):
+            await client.call(WorkerReport())
+        with pytest.raises(UserError):
+            await worker.run()
