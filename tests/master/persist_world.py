@@ -45,6 +45,12 @@ from alluxiofuse.wire.master_ops import (
 from alluxiofuse.wire.types import BlockReport, CancelPersistCommand, PersistCommand, Tier, WorkerAddress
 
 
+async def until(is_true: Callable[[], bool]) -> None:
+    """Poll; the caller's deadline bounds it."""
+    while not is_true():
+        await trio.sleep(0.005)
+
+
 class Killed(Exception):
     """The master died here."""
 

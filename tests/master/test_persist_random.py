@@ -9,7 +9,7 @@ import random
 import pytest
 import trio
 from conftest import Place
-from persist_world import Flaky, Killed, World
+from persist_world import Flaky, Killed, World, until
 
 from alluxiofuse.ufs.base import UnderStorage
 
@@ -146,8 +146,7 @@ def test_dying_master(place: Place, seed: int) -> None:
                         for _ in range(25):
                             player.step(world)
                             await trio.sleep(player.random.random() * 0.01)
-                        while countdown > 0 and not world.persister.is_idle():
-                            await trio.sleep(0.005)
+                        await until(world.persister.is_idle)
             except* Killed:
                 player.done.append("killed")
             finally:
