@@ -40,7 +40,6 @@ def mount(
       attr_timeout=SECONDS   most that names and attributes are cached for; 0: always ask
       write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
       read_ahead=SIZE        of the kernel, on this mount
-      worker=HOST:PORT       the worker to prefer
       secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|pyfuse3
 
     \b

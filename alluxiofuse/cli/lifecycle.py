@@ -33,8 +33,9 @@ async def running(start: Callable[..., Awaitable[Any]], *arguments: Any) -> Asyn
 class Life:
     """One run of daemons in this process.
 
-    SIGTERM and SIGINT: before they are ready the start is given up; afterwards `stop` is set, so that
-    everything ends in order; a second one cancels everything at once.
+    SIGTERM, SIGINT and SIGHUP (unless it is ignored, as under nohup): before they are ready the start
+    is given up; afterwards `stop` is set, so that everything ends in order; a second one cancels
+    everything at once.
     """
 
     def __init__(self) -> None:
@@ -70,7 +71,10 @@ class Life:
     async def _watch_signals(
         self, everything: trio.CancelScope, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
     ) -> None:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as received:
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        with trio.open_signal_receiver(*numbers) as received:
             task_status.started()
             async for number in received:
                 log.info("got %s", signal.Signals(number).name)

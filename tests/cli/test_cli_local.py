@@ -44,7 +44,7 @@ def test_what_was_there_is_seen(local_daemon: Start, tmp_path: Path) -> None:
     assert (site.mount / "deep/er/data.bin").read_bytes() == (tmp_path / "deep/er/data.bin").read_bytes()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_unmounts_and_exits_0(local_daemon: Start, number: int) -> None:
     site = local_daemon()
     (site.mount / "x").write_text("x")
