@@ -1,11 +1,7 @@
 """The table of slabs: the one place that changes slabs, their files, their index records and the
 accounting of the directories. Synchronous; no method awaits, so each is one step to everybody else.
 
-Invariants (`validation.validate` checks them):
-* `directory.used` = sum of `charged` of its slabs + `held`; `charged` = cost of the present pages +
-  `reserved` (while WRITING: `reserved` alone).
-* `directory.evictable` = sum of `charged` of its clean slabs without locks, pins or a move.
-* `directory.order` names exactly the blocks of clean slabs that have a present page.
+Invariants, besides those of `accounts` (`validation.validate` checks all):
 * the index has a record for each slab that has present pages or is not CLEAN, and no others of
   configured directories.
 
@@ -26,6 +22,7 @@ from alluxiofuse.errors import StaleError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.wire.types import BlockReport, OrphanSeal
 from alluxiofuse.worker import checksums
+from alluxiofuse.worker.accounts import Accounts, writing_charge
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits, is_zero, mask_runs
 from alluxiofuse.worker.fds import Descriptors
 from alluxiofuse.worker.index import Index, SlabRecord
@@ -45,17 +42,8 @@ from alluxiofuse.worker.slab import (
 from alluxiofuse.worker.tiers import Directory, Tiers
 
 
-def writing_charge(slab: Slab, granted_end: int) -> int:
-    """What a complete slab costs while it is open for writing below `granted_end`. When that is less
-    than its size (a sparse file, not all of which would fit), its data counts besides."""
-    if granted_end >= slab.size:
-        return round_up(granted_end)
-    return (slab.present & ~slab.zeros).bit_count() * PAGE_BYTES + round_up(granted_end)
-
-
-class Slabs:
-    """All slabs of a worker. `room_changed` is called when something may have become free,
-    `pressure` when a directory rose above the high watermark."""
+class Slabs(Accounts):
+    """All slabs of a worker."""
 
     def __init__(
         self,
@@ -66,7 +54,7 @@ class Slabs:
         wall_s: Callable[[], float] = time.time,
         max_open_slabs: int = 512,
     ) -> None:
-        self.tiers = tiers
+        super().__init__(tiers, high_watermark)
         self.index = index
         self.fds = Descriptors(max_open_slabs)
         self.by_container: dict[int, Slab] = {}
@@ -76,10 +64,6 @@ class Slabs:
         self.orphans: dict[int, OrphanSeal] = {}
         """Seals that no client asked for, to be told to the master."""
         self.counters: Counter[str] = Counter()
-        self.dirty_bytes = 0
-        self.room_changed: Callable[[], None] = lambda: None
-        self.pressure: Callable[[], None] = lambda: None
-        self._high_watermark = high_watermark
         self._wall_s = wall_s
         self._lock_ids = itertools.count(1)
 
@@ -154,85 +138,12 @@ class Slabs:
             slab.free_mode = max(slab.free_mode, 1 if keep_dirty else FREE_ALL)
         return True
 
-    # --- accounting -------------------------------------------------------------------------------
-
-    def account(self, slab: Slab) -> None:
-        """Bring the directory's sums in line with the slab; tell who waits for room."""
-        directory = slab.directory
-        is_writing = slab.state == WRITING
-        charged = 0
-        if not slab.is_gone:
-            charged = slab.reserved + (0 if is_writing else slab.cost_of(slab.present))
-        is_evictable = slab.state == CLEAN and slab.is_idle and not slab.is_moving and not slab.is_gone
-        evictable = charged if is_evictable else 0
-        gained = (slab.charged - charged) + (evictable - slab.evictable)
-        directory.used += charged - slab.charged
-        directory.evictable += evictable - slab.evictable
-        is_higher = charged > slab.charged
-        slab.charged, slab.evictable = charged, evictable
-        if gained > 0:
-            self.room_changed()
-        if is_higher and directory.used > self._high_watermark * directory.limit_bytes:
-            self.pressure()
-
-    def reserve(self, slab: Slab, size_bytes: int) -> bool:
-        """Charge bytes about to be written, when they fit; nothing is evicted."""
-        if size_bytes > slab.directory.available:
-            return False
-        slab.reserved += size_bytes
-        self.account(slab)
-        return True
-
-    def unreserve(self, slab: Slab, size_bytes: int) -> None:
-        slab.reserved -= size_bytes
-        self.account(slab)
-
-    def hold(self, directory: Directory, size_bytes: int) -> bool:
-        """Room for a slab that is being moved to `directory`."""
-        if size_bytes > directory.available:
-            return False
-        directory.used += size_bytes
-        directory.held += size_bytes
-        return True
-
-    def release(self, directory: Directory, size_bytes: int) -> None:
-        directory.used -= size_bytes
-        directory.held -= size_bytes
-        self.room_changed()
-
-    def touch(self, slab: Slab, pages: Iterable[int]) -> None:
-        """These pages were used now."""
-        order = slab.directory.order
-        for block in {page // BLOCK_PAGES for page in pages}:
-            if (slab, block) in order:
-                order.move_to_end((slab, block))
-
-    def touch_all(self, slab: Slab) -> None:
-        self.touch(slab, range(0, slab.page_count, BLOCK_PAGES))
-
-    def _enlist(self, slab: Slab, pages: int) -> None:
-        """Blocks of `pages` that became present become the most recently used of a clean slab."""
-        order = slab.directory.order
-        step = BLOCK_PAGES // 8
-        raw = pages.to_bytes((pages.bit_length() + 7) // 8, "little")
-        first = ((pages & -pages).bit_length() - 1) // BLOCK_PAGES if pages else 0
-        for block in range(first, -(-len(raw) // step)):
-            if any(raw[block * step : (block + 1) * step]):
-                order[slab, block] = None
-                order.move_to_end((slab, block))
-
-    def _delist(self, slab: Slab) -> None:
-        order = slab.directory.order
-        for block in range(slab.block_count):
-            order.pop((slab, block), None)
-        slab.directory.dirty.pop(slab, None)
-
     def adopt(self, slab: Slab) -> None:
         """A slab that the index knows from an earlier life of the worker; the most recently used of
         those adopted so far."""
         self.by_container[slab.container] = slab
         if slab.state == CLEAN:
-            self._enlist(slab, slab.present)
+            self.enlist(slab, slab.present)
         elif slab.state == DIRTY:
             slab.directory.dirty[slab] = None
         self.account(slab)
@@ -280,7 +191,7 @@ class Slabs:
                 batch.put(slab.container, self._record(slab))
             batch.put_pages(slab.container, known)
             self.index.commit(batch)
-        self._enlist(slab, mask)
+        self.enlist(slab, mask)
         self.account(slab)
         for block in {page // BLOCK_PAGES for page in known}:
             if not slab.block_pages(block) & ~slab.present:
@@ -314,11 +225,11 @@ class Slabs:
         """Remove the slab with its file and record. Nobody uses it."""
         assert slab.is_idle
         had_record = bool(slab.present) or slab.state != CLEAN
-        self._delist(slab)
+        self.delist(slab)
         self.fds.forget(slab)
         del self.by_container[slab.container]
         slab.is_gone = True
-        self._count_dirty(slab, CLEAN)
+        self.count_dirty(slab, CLEAN)
         self.account(slab)
         self.orphans.pop(slab.container, None)
         if had_record:
@@ -389,10 +300,10 @@ class Slabs:
             back.put(old, self._record(slab))
             self.index.commit(back)
             raise
-        self._delist(slab)
+        self.delist(slab)
         del self.by_container[old]
         self.orphans.pop(old, None)
-        self._count_dirty(slab, WRITING)
+        self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
         slab.source = None
         slab.free_mode = FREE_NO
@@ -460,8 +371,8 @@ class Slabs:
         """Its bytes are in the under storage now. Nothing happens unless it is sealed and dirty."""
         if slab.state != DIRTY:
             return
-        self._delist(slab)
-        self._count_dirty(slab, CLEAN)
+        self.delist(slab)
+        self.count_dirty(slab, CLEAN)
         slab.state = CLEAN
         self.orphans.pop(slab.container, None)
         if slab.present:
@@ -470,7 +381,7 @@ class Slabs:
             batch = self.index.batch()
             batch.delete(slab.container, slab.page_count)
             self.index.commit(batch)
-        self._enlist(slab, slab.present)
+        self.enlist(slab, slab.present)
         self.changed[slab.container] = None
         self._settle(slab)
 
@@ -478,10 +389,6 @@ class Slabs:
         """Tell the master what a sealed container is, in case its writer could not."""
         mtime_ns = os.stat(self.path(slab)).st_mtime_ns
         self.orphans[slab.container] = OrphanSeal(slab.container, slab.size, mtime_ns)
-
-    def _count_dirty(self, slab: Slab, state: int) -> None:
-        if slab.state == DIRTY and state != DIRTY:
-            self.dirty_bytes -= slab.charged
 
     # --- moving -----------------------------------------------------------------------------------
 
@@ -492,7 +399,7 @@ class Slabs:
         new_path = slab_path(directory.root, slab.container)
         os.rename(new_path + ".part", new_path)
         is_dirty = slab.state == DIRTY
-        self._delist(slab)
+        self.delist(slab)
         self.fds.forget(slab)
         source = slab.directory
         source.used -= slab.charged
@@ -506,7 +413,7 @@ class Slabs:
         if is_dirty:
             directory.dirty[slab] = None
         else:
-            self._enlist(slab, slab.present)
+            self.enlist(slab, slab.present)
         self.room_changed()
         try:
             os.unlink(old_path)

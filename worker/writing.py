@@ -38,12 +38,13 @@ from alluxiofuse.wire.worker_ops import (
     WriteGrant,
 )
 from alluxiofuse.worker import checksums
+from alluxiofuse.worker.accounts import writing_charge
 from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
-from alluxiofuse.worker.slabs import Slabs, writing_charge
+from alluxiofuse.worker.slabs import Slabs
 
 log = logging.getLogger(__name__)
 

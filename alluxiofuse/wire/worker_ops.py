@@ -86,7 +86,8 @@ class Read(Request["ReadResult"]):
 
 class ReadResult(Message):
     checksum: U63
-    """xxh3-64 of the payload when the worker read it into memory, 0 when it was sent by sendfile."""
+    """Low 63 bits of the payload's xxh3-64 when the worker read it into memory, 0 when it was sent by
+    sendfile."""
 
 
 class BeginWrite(Request["WriteGrant"]):
