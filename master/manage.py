@@ -134,7 +134,7 @@ class Management:
             )
         with trio.move_on_after(FREE_PATIENCE_S):
             await parts.events.wait_acknowledged(seq, FREE_PATIENCE_S)
-            while any(parts.workers.holders(container) for container in freed):  # noqa: ASYNC110
+            while any(map(parts.workers.holders, freed)):  # noqa: ASYNC110 - heartbeats tell, once a second
                 await trio.sleep(_POLL_S)
         return result
 

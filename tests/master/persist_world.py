@@ -47,7 +47,7 @@ from alluxiofuse.wire.types import BlockReport, CancelPersistCommand, PersistCom
 
 async def until(is_true: Callable[[], bool]) -> None:
     """Poll; the caller's deadline bounds it."""
-    while not is_true():
+    while not is_true():  # noqa: ASYNC110 - what is waited for is in a store or a thread
         await trio.sleep(0.005)
 
 
@@ -217,7 +217,7 @@ class World:
         tx.put_inode(ino, record)
         tx.commit()
 
-    def remove(self, path: str) -> None:
+    def remove(self, path: str) -> int:
         parent, name = self._parent(path)
         ino = self.find(path)
         tx = self.store.transaction()
@@ -225,8 +225,9 @@ class World:
         assert record is not None
         self.tree.detach(tx, parent, name, ino, record)
         tx.commit()
+        return ino
 
-    def link(self, path: str, new: str) -> None:
+    def link(self, path: str, new: str) -> int:
         ino = self.find(path)
         parent, name = self._parent(new)
         tx = self.store.transaction()
@@ -235,13 +236,14 @@ class World:
         assert parent_record is not None
         self.tree.link(tx, parent, parent_record, name, ino, record)
         tx.commit()
+        return ino
 
-    def rename(self, old: str, new: str) -> None:
+    def rename(self, old: str, new: str) -> int:
         parent, name = self._parent(old)
         new_parent, new_name = self._parent(new)
         ino, replaced = self.find(old), self.store.child(new_parent, new_name)
         if replaced == ino:
-            return
+            return ino
         tx = self.store.transaction()
         record, source = tx.inode(ino), tx.inode(parent)
         target = source if parent == new_parent else tx.inode(new_parent)
@@ -252,6 +254,7 @@ class World:
         pair = None if replaced is None or gone is None else (replaced, gone)
         self.tree.rename(tx, (parent, source, name), (new_parent, target, new_name), (ino, record), pair)
         tx.commit()
+        return ino
 
     def names(self, path: str = "") -> list[str]:
         return [name.decode() for name, _ in self.store.scan("edge", u64(self.find(path)))]

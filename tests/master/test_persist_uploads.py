@@ -109,7 +109,7 @@ def test_rewritten(place: Place) -> None:
 
     async def test(world: World, gate: Gate) -> None:
         world.write("a", b"second")
-        await until(lambda: world.worker.cancelled)
+        await until(lambda: bool(world.worker.cancelled))
         assert len(gate.commands) == 1
         gate.open.set()
         await world.settle()
