@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WAIT_PERSISTED_S = 30.0
+SYNC_WAIT_S = 5.0
 _RETRY_S = 0.02
 
 
@@ -173,6 +174,7 @@ class Content:
 
     def start(self, writing: Writing, old_container: int) -> None:
         self.writing = writing
+        self.core.transition_count += 1
         self.core.kernel_pages.written(self.ino, old_container, writing.container)
 
     async def _abandon(self, writing: Writing) -> None:
@@ -224,6 +226,7 @@ class Content:
         )
         self.attr = attr
         self.writing = None
+        self.core.transition_count += 1
         home = 0 if end.is_sealed else writing.worker_id
         self.layout = Layout(
             self.ino, writing.container, end.size, self.layout.block_bytes, None, home, [writing.worker_id]
@@ -317,11 +320,19 @@ class Content:
 
     async def _sync_sealed(self) -> None:
         """What was written and sealed before may still be only in the page cache of its worker."""
-        layout, slab = self.layout, self.slab
-        if layout.source is not None or layout.home or not layout.container or not layout.size:
-            return
-        if slab is None or not slab.is_good or not await slab.sync():
-            await self.wait_persisted()
+        session = self.core.session
+        while True:
+            if self.is_stale:
+                await self.refresh()
+            layout, slab = self.layout, self.slab
+            if layout.source is not None or layout.home or not layout.container or not layout.size:
+                return
+            if slab is not None and slab.is_good and await slab.sync():
+                return
+            request = ops.WaitPersisted(self.ino, layout.container, SYNC_WAIT_S)
+            if await session.call(request, is_idempotent=True):
+                return
+            self.is_stale = True  # It may be open for writing elsewhere by now: then it is not for us.
 
     def raise_pending(self) -> None:
         error, self.error = self.error, None

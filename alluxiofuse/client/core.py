@@ -68,6 +68,9 @@ class Core:
     kernel_pages: KernelPages
     contents: dict[int, Content] = field(default_factory=dict)
     """Of the inodes that are open, by number."""
+    transition_count: int = 0
+    """How often writing began or ended in this client: answers to what was asked before may be out of
+    date without an event that says so (a session is not told of its own changes)."""
 
     def closed(self, content: Content) -> None:
         """One open file of `content` ended."""

@@ -372,8 +372,9 @@ class FileSystem:
             )
 
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        asked_at = self._core.transition_count
         created = await (self._core.with_home(ask) if is_writer else ask(0))
-        content = self._opened(created.attr, created.layout)
+        content = self._opened(created.attr, created.layout, asked_at)
         if not created.is_new:
             return await self._finish_open(content, created.layout, flags)
         if created.layout.home and content.writing is None:
@@ -385,18 +386,22 @@ class FileSystem:
     async def open(self, who: Caller, ino: int, flags: int = os.O_RDONLY) -> OpenFile:
         """open(2) of an inode; O_TRUNC is done here, O_APPEND is kept in the file."""
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
+        asked_at = self._core.transition_count
         opened = await self._ask(ops.Open(who, self._session.id, ino, is_writer))
-        content = self._opened(opened.attr, opened.layout)
+        content = self._opened(opened.attr, opened.layout, asked_at)
         _, file = await self._finish_open(content, opened.layout, flags)
         return file
 
-    def _opened(self, attr: Attr, layout: Layout) -> Content:
-        """The master has counted an open: an OpenFile must follow without an await."""
+    def _opened(self, attr: Attr, layout: Layout, asked_at: int) -> Content:
+        """The master has counted an open: an OpenFile must follow without an await. `asked_at`: the
+        transition count when it was asked."""
         content = self._contents.get(attr.ino)
         if content is None:
             content = self._contents[attr.ino] = Content(self._core, attr, layout)
-        else:
+        elif asked_at == self._core.transition_count:
             content.take(attr, layout)
+        else:
+            content.is_stale = True
         return content
 
     async def _finish_open(self, content: Content, layout: Layout, flags: int) -> tuple[Attr, OpenFile]:
