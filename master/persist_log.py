@@ -22,6 +22,7 @@ from alluxiofuse.master.records import (
     SYNC_CONTENT,
     SYNC_NAME,
     InodeRecord,
+    IntentRecord,
     RemoveEntry,
     SyncEntry,
 )
@@ -105,7 +106,7 @@ class PersistLog:
         if entry is not None and entry.intent is not None and entry.intent != location:
             self.remove(tx, record.mount_id, entry.intent, is_dir)
             if is_dir and location is not None:
-                self._mirror_removals(tx, record.mount_id, location, entry.intent)
+                self._mirror_below(tx, record.mount_id, location, entry.intent)
         if stat.S_ISREG(record.mode):
             record.location = location
 
@@ -219,9 +220,9 @@ class PersistLog:
         else:
             tx.delete_sync_entry(ino)
 
-    def _mirror_removals(self, tx: Transaction, mount_id: int, source: bytes, target: bytes) -> None:
+    def _mirror_below(self, tx: Transaction, mount_id: int, source: bytes, target: bytes) -> None:
         """A directory goes whose atomic rename may or may not have happened: what is to be removed
-        below its old place may be below the new one."""
+        below its old place may be below the new one, and so may what others have there."""
         intent = tx.intent(mount_id, target)
         if intent is None or intent.kind != INTENT_RENAME:
             return
@@ -229,3 +230,14 @@ class PersistLog:
             entry = tx.remove_entry(mount_id, source + b"/" + rest)
             if entry is not None:
                 self.remove(tx, mount_id, target + b"/" + rest, entry.is_dir)
+        for at, ino in list(places.located_below(tx, mount_id, source)):
+            record, sync = tx.inode(ino), tx.sync_entry(ino)
+            path = target + at[len(source) :]
+            if record is None or sync is None:
+                continue
+            if sync.intent is not None:  # being made anew elsewhere: the old bytes are worth nothing
+                self.remove(tx, mount_id, path, stat.S_ISDIR(record.mode))
+                continue
+            sync.intent = path
+            tx.put_sync_entry(ino, sync)
+            tx.put_intent(mount_id, path, IntentRecord(ino, INTENT_RENAME))

@@ -150,6 +150,9 @@ class Planner:
             return Waits()
         if job.kind in (Kind.SETTLE, Kind.PUSH_DOWN):
             return job
+        uncertain = self._uncertain_above(mount_id, job.source) if job.source else 0
+        if uncertain:
+            return Blocked(uncertain)
         if job.kind is not Kind.ATTRS:
             blocked = self._target_blocked(ino, mount_id, desired, job)
             if blocked is not None:
@@ -168,6 +171,9 @@ class Planner:
         if intent.kind == INTENT_RENAME:
             source = places.location_path(self._store, ino, record) or b""
             is_dir = stat.S_ISDIR(record.mode)
+            uncertain = self._uncertain_above(mount_id, source)
+            if uncertain:
+                return Blocked(uncertain)
             both = (Lock(mount_id, source, is_dir), Lock(mount_id, path, is_dir))
             return Job(Kind.RESOLVE_RENAME, ino, mount_id, both, ino, 0, source, path, intent, is_dir)
         is_same = intent.kind == INTENT_MAKE or intent.container == record.container
@@ -224,7 +230,8 @@ class Planner:
             return Blocked((mount_id, path))
         for prefix in places.prefixes(path):
             above_removal = tx.remove_entry(mount_id, prefix)
-            if above_removal is not None and not above_removal.is_dir:
+            above_intent = tx.intent(mount_id, prefix)
+            if above_removal is not None and (not above_removal.is_dir or above_intent is not None):
                 return Blocked((mount_id, prefix))
         if job.kind is Kind.MOVE_TREE:
             return self._tree_blocked(ino, mount_id, path) or self._intents_below(mount_id, job.source)
@@ -282,11 +289,23 @@ class Planner:
             return None
         if is_dir and self._intents_below(mount_id, record.location):
             return None
+        if self._uncertain_above(mount_id, record.location):
+            return None
         kind = Kind.MOVE_TREE if is_dir else Kind.MOVE
         locks = (Lock(mount_id, record.location, is_dir), Lock(mount_id, target, is_dir))
         if self._locks.conflict(locks, key) is not None:
             return None
         return Job(kind, key, mount_id, locks, key, entry.generation, record.location, target, is_dir=is_dir)
+
+    def _uncertain_above(self, mount_id: int, path: bytes) -> int:
+        """A directory of which it is not known whether it, with `path` below, has been moved; 0: none."""
+        tx = self._store.transaction()
+        for prefix in places.prefixes(path):
+            above = places.located_at(self._store, mount_id, prefix)
+            entry = None if above is None else tx.sync_entry(above)
+            if above is not None and entry is not None and entry.intent is not None:
+                return above
+        return 0
 
     # --- removals ---------------------------------------------------------------------------------
 
@@ -306,10 +325,9 @@ class Planner:
             kind = Kind.RESOLVE_PUT if intent.kind == INTENT_UPLOAD else Kind.REMOVE
             if kind is Kind.RESOLVE_PUT:
                 return Job(kind, (mount_id, path), mount_id, lock, 0, target=path, intent=intent)
-        above = places.located_above(self._store, mount_id, path)
-        moving = None if above is None else tx.sync_entry(above)
-        if above is not None and moving is not None and moving.intent is not None:
-            return Blocked(above)
+        uncertain = self._uncertain_above(mount_id, path)
+        if uncertain:
+            return Blocked(uncertain)
         heir = self._heir(mount_id, path, entry) if has_heir else 0
         if heir:
             return Blocked(heir)

@@ -152,7 +152,7 @@ class Comparer:
             return False
         if self._log.recent.is_changed(token, record.mount_id, path):
             return False
-        if places.is_mount_root(tx, ino, record):
+        if places.is_mount_root(tx, ino, record) or places.moving_ancestor(tx, record):
             return False
         return places.location_path(tx, ino, record) == path
 

@@ -44,13 +44,13 @@ def steps(*scripts: Script, is_settled_between: bool) -> Callable[[World], Await
     return run
 
 
-def a_tree(world: World) -> None:
+def a_tree(world: World) -> int:
     world.mkdir("d")
     world.mkdir("d/e")
     world.write("d/f", b"one")
     world.write("d/e/g", b"two")
     world.write("top", b"three")
-    world.write("empty", b"")
+    return world.write("empty", b"")
 
 
 SCRIPTS: dict[str, list[Script]] = {
