@@ -7,6 +7,7 @@ at any point a new persister starts from the `persist` family. All methods run i
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -16,11 +17,12 @@ from dataclasses import dataclass
 import trio
 
 from alluxiofuse.config import MasterConfig
-from alluxiofuse.errors import AlluxioFuseError, UfsError, UfsUnavailableError, from_wire
+from alluxiofuse.errors import AlluxioFuseError, UfsError, from_wire
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import inode_of_container
 from alluxiofuse.master.mounts import MountTable
+from alluxiofuse.master.persist_failures import MAX_RETRY_S, Failure, Failures
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
 from alluxiofuse.master.persist_log import Key, PersistLog
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
@@ -44,7 +46,6 @@ BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
 CANCEL_PATIENCE_S = 10.0
 """How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
-MAX_RETRY_S = 60.0
 
 
 @dataclass(slots=True)
@@ -61,14 +62,6 @@ class Upload:
     worker_id: int
     sent_at_s: float
     is_cancelled: bool = False
-
-
-@dataclass(slots=True)
-class Failure:
-    count: int
-    message: str
-    is_permanent: bool
-    """Will not go away by waiting (permission, a name the store refuses); retried all the same."""
 
 
 class Persister:
@@ -91,7 +84,6 @@ class Persister:
         self._workers = workers
         self._clock = clock
         self._config = config
-        self._first_retry_s = first_retry_s
         self._at = at
         self._locks = PathLocks()
         self._queue = ReadyQueue()
@@ -109,7 +101,7 @@ class Persister:
         """Inodes that wait for one of the uploads to end."""
         self._no_worker: dict[int, None] = {}
         """Inodes whose bytes are at no worker that is alive."""
-        self._failures: dict[Key, Failure] = {}
+        self._failures = Failures(first_retry_s)
         self._waiters: dict[int, trio.Event] = {}
         self._wake = trio.Event()
         self._hurried: set[Key] = set()
@@ -139,7 +131,7 @@ class Persister:
             self._end_upload(upload, None if upload.is_cancelled else BLOCKED_RETRY_S)
         else:
             self._failed(upload.ino, from_wire(request.error_code, 5, request.error_message))
-            self._end_upload(upload, self._backoff_s(upload.ino))
+            self._end_upload(upload, self._failures.backoff_s(upload.ino))
         return NOTHING
 
     def cancel(self, ino: int) -> None:
@@ -187,7 +179,7 @@ class Persister:
     def failing(self, limit: int = 100) -> list[str]:
         """One line per entry that keeps failing."""
         lines = []
-        for key, failure in list(self._failures.items())[:limit]:
+        for key, failure in itertools.islice(self._failures.items(), limit):
             lines.append(f"{self._name(key)}: {failure.message} ({failure.count} times)")
         return lines
 
@@ -311,11 +303,11 @@ class Persister:
             else:
                 await self._jobs.run(jobs[0])
             for job in jobs:
-                self._failures.pop(job.key, None)
+                self._failures.forget(job.key)
         except AlluxioFuseError as exc:
             for job in jobs:
                 self._failed(job.key, exc)
-                retry_s = self._backoff_s(job.key)
+                retry_s = self._failures.backoff_s(job.key)
         finally:
             self._running -= 1
             for job in jobs:
@@ -366,7 +358,8 @@ class Persister:
         worker_id = self._holder(record.container, record.held_by)
         if not worker_id:
             self._no_worker[job.ino] = None
-            self._note_failure(job.ino, f"its only copy is on worker {record.held_by}, which is not running")
+            message = f"its only copy is on worker {record.held_by}, which is not running"
+            self._warn(job.ino, self._failures.note(job.ino, message))
             self._queue.put(job.ino, now + MAX_RETRY_S)
             return
         task_id = self._store.take_number(b"next_id")
@@ -422,7 +415,7 @@ class Persister:
             return
         self._upload_of.pop(upload.ino, None)
         if retry_s is None:
-            self._failures.pop(upload.ino, None)
+            self._failures.forget(upload.ino)
         self._finished(upload.ino, retry_s)
         if self._no_slot:
             self._queue.put(self._no_slot.popleft(), self._clock.monotonic())
@@ -486,7 +479,7 @@ class Persister:
     def _worker_lost(self, worker_id: int) -> None:
         """What it was told is void: to be told again, to whoever has the bytes."""
         for upload in [u for u in self._uploads.values() if u.worker_id == worker_id]:
-            self._end_upload(upload, self._first_retry_s)
+            self._end_upload(upload, self._failures.first_retry_s)
 
     def _worker_ready(self, worker_id: int) -> None:
         waiting, self._no_worker = self._no_worker, {}
@@ -508,24 +501,14 @@ class Persister:
         return is_clean(record)
 
     def _failed(self, key: Key, exc: AlluxioFuseError) -> None:
-        is_permanent = isinstance(exc, UfsError) and not isinstance(exc, UfsUnavailableError)
-        self._note_failure(key, exc.message or exc.code, is_permanent)
+        self._warn(key, self._failures.failed(key, exc))
 
-    def _note_failure(self, key: Key, message: str, is_permanent: bool = False) -> None:
-        known = self._failures.pop(key, None)
-        count = 1 if known is None else known.count + 1
-        if len(self._failures) < MAX_KEYS:
-            self._failures[key] = Failure(count, message, is_permanent)
-        if count == 1 or is_permanent:
-            log.warning("persisting %s failed: %s", self._name(key), message)
-
-    def _backoff_s(self, key: Key) -> float:
-        failure = self._failures.get(key)
-        count = 1 if failure is None else min(failure.count, 20)
-        return float(min(MAX_RETRY_S, self._first_retry_s * 2 ** (count - 1)))
+    def _warn(self, key: Key, failure: Failure) -> None:
+        if failure.count == 1 or failure.is_permanent:
+            log.warning("persisting %s failed: %s", self._name(key), failure.message)
 
     def _forget(self, key: Key) -> None:
-        self._failures.pop(key, None)
+        self._failures.forget(key)
         if isinstance(key, int):
             self._no_worker.pop(key, None)
             waiter = self._waiters.pop(key, None)
