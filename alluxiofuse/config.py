@@ -78,6 +78,8 @@ class WorkerConfig(_Section):
     fetch_parallel: int = 16
     """Ranges fetched from under storages at once."""
     persist_parallel: int = 4
+    upload_process: bool = True
+    """Uploads run in a process of their own, so that they don't hold up the data path."""
     read_ahead_bytes: int = 64 << 20
     """Most that is fetched ahead of a sequential reader."""
     session_grace_s: float = 10.0

@@ -11,6 +11,7 @@ from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.ufs.base import UnderStorage
 from alluxiofuse.wire.master_ops import GetMount
+from alluxiofuse.wire.types import MountInfo
 
 log = logging.getLogger(__name__)
 
@@ -24,11 +25,23 @@ class Mounts:
     def __init__(self, master: Connection, open_ufs: OpenUfs) -> None:
         self._master = master
         self._open_ufs = open_ufs
+        self._infos: dict[int, MountInfo] = {}
         self._storages: dict[int, UnderStorage] = {}
         self._opening: dict[int, trio.Lock] = {}
 
     def known(self, mount_id: int) -> UnderStorage | None:
         return self._storages.get(mount_id)
+
+    def known_info(self, mount_id: int) -> MountInfo:
+        """After `info` was awaited."""
+        return self._infos[mount_id]
+
+    async def info(self, mount_id: int) -> MountInfo:
+        """PeerError when the master can't be asked (only the first time)."""
+        found = self._infos.get(mount_id)
+        if found is None:
+            found = self._infos[mount_id] = await self._master.call(GetMount(mount_id))
+        return found
 
     async def storage(self, mount_id: int) -> UnderStorage:
         """Single flight. UfsError when it can't be opened, PeerError when the master can't be asked
@@ -39,7 +52,7 @@ class Mounts:
         async with self._opening.setdefault(mount_id, trio.Lock()):
             found = self._storages.get(mount_id)
             if found is None:
-                info = await self._master.call(GetMount(mount_id))
+                info = await self.info(mount_id)
                 found = await trio.to_thread.run_sync(self._open_ufs, info.uri, dict(info.options))
                 self._storages[mount_id] = found
             return found

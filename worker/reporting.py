@@ -210,7 +210,7 @@ class Reporter:
                 self._slabs.changed[container] = None
                 continue
             if slab.upload is not None and not keep_dirty:
-                slab.upload.is_cancelled = True
+                slab.upload.cancel()
             if not self._slabs.free(slab, keep_dirty=keep_dirty):
                 self._slabs.changed[container] = None
 

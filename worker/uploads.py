@@ -1,4 +1,5 @@
-"""Uploads to under storages: PersistCommands of the master, carried out in threads."""
+"""Uploads to under storages: PersistCommands of the master, carried out by the upload process, or in
+threads where there is none."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from dataclasses import dataclass
 import trio
 
 from alluxiofuse.errors import AlluxioFuseError
-from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UfsEntry, UnderStorage
+from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UnderStorage
+from alluxiofuse.ufs.upload_process import Cancellation, UploadProcess
 from alluxiofuse.wire.types import PersistCommand
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.mounts import Mounts
@@ -36,38 +38,54 @@ class Upload:
 
     def __init__(self, command: PersistCommand) -> None:
         self.command = command
-        self.is_cancelled = False
+        self.cancellation = Cancellation()
         self.done = trio.Event()
 
+    @property
+    def is_cancelled(self) -> bool:
+        return self.cancellation.is_cancelled
+
+    def cancel(self) -> None:
+        self.cancellation.cancel()
+
     async def stop(self) -> None:
-        """Cancel, and wait until its thread reads the slab no more. What it had made visible before
+        """Cancel, and wait until nothing reads the slab any more. What it had made visible before
         is complete and of the old content; nothing becomes visible afterwards."""
-        self.is_cancelled = True
+        self.cancel()
         await self.done.wait()
 
 
 class Uploads:
     """At most `parallel` run at once; the rest wait."""
 
-    def __init__(self, slabs: Slabs, fetcher: Fetcher, mounts: Mounts, *, parallel: int) -> None:
+    def __init__(
+        self,
+        slabs: Slabs,
+        fetcher: Fetcher,
+        mounts: Mounts,
+        *,
+        parallel: int,
+        process: UploadProcess | None = None,
+    ) -> None:
         self._slabs = slabs
         self._fetcher = fetcher
         self._mounts = mounts
         self._limiter = trio.CapacityLimiter(parallel)
+        self._process = process
         self._tasks: dict[int, Upload] = {}
 
     def cancel(self, task_id: int) -> None:
         upload = self._tasks.get(task_id)
         if upload is not None:
-            upload.is_cancelled = True
+            upload.cancel()
 
     async def run(self) -> None:
-        """When cancelled, lets uploads know, so that their threads stop soon."""
+        """When cancelled, lets uploads know, so that they stop soon."""
         try:
             await trio.sleep_forever()
         finally:
             for upload in self._tasks.values():
-                upload.is_cancelled = True
+                upload.cancel()
 
     async def persist(self, command: PersistCommand) -> Outcome | None:
         """Upload; None when the same command is under way already. Cancelled: returns when the thread
@@ -94,8 +112,7 @@ class Uploads:
                 if slab.upload is None:
                     break
                 await slab.upload.done.wait()
-            entry = await self._upload(slab, upload)
-            return Outcome(entry.fingerprint)
+            return Outcome(await self._upload(slab, upload))
         except PutCancelled:
             return Outcome(b"", STALE, "cancelled")
         except AlluxioFuseError as exc:
@@ -104,16 +121,16 @@ class Uploads:
             log.exception("upload of container %x failed: a bug in a connector", command.container)
             return Outcome(b"", AlluxioFuseError.code, "the upload failed inside the worker: see its log")
 
-    async def _upload(self, slab: Slab, upload: Upload) -> UfsEntry:
+    async def _upload(self, slab: Slab, upload: Upload) -> bytes:
         """The slab is sealed; who wants to change it stops this upload first."""
         slab.upload = upload
         self._slabs.pin(slab)
         try:
             await self._fetcher.verify(slab)
-            storage = await self._mounts.storage(upload.command.mount_id)
+            await self._mounts.info(upload.command.mount_id)
             fd = os.dup(self._slabs.fds.for_reading(slab))
             try:
-                return await trio.to_thread.run_sync(_put, storage, fd, upload, limiter=self._limiter)
+                return await self._put(fd, upload)
             finally:
                 os.close(fd)
         except OSError as exc:
@@ -123,11 +140,29 @@ class Uploads:
             upload.done.set()
             self._slabs.unpin(slab)
 
+    async def _put(self, fd: int, upload: Upload) -> bytes:
+        """The new fingerprint. PutCancelled also when it was cancelled while it waited for its turn."""
+        command = upload.command
+        attrs = UfsAttrs(command.mode, command.uid, command.gid, command.mtime_ns)
+        if self._process is None:
+            storage = await self._mounts.storage(command.mount_id)
+            return await trio.to_thread.run_sync(_put, storage, fd, upload, attrs, limiter=self._limiter)
+        async with self._limiter:
+            if upload.is_cancelled:
+                raise PutCancelled
+            return await self._process.put(
+                self._mounts.known_info(command.mount_id),
+                command.path,
+                fd,
+                command.size,
+                attrs,
+                upload.cancellation,
+            )
 
-def _put(storage: UnderStorage, fd: int, upload: Upload) -> UfsEntry:
-    """Blocking. PutCancelled also when it was cancelled while it waited for its turn."""
+
+def _put(storage: UnderStorage, fd: int, upload: Upload, attrs: UfsAttrs) -> bytes:
+    """Blocking."""
     if upload.is_cancelled:
         raise PutCancelled
     command = upload.command
-    attrs = UfsAttrs(command.mode, command.uid, command.gid, command.mtime_ns)
-    return storage.put(command.path, fd, command.size, attrs, lambda: upload.is_cancelled)
+    return storage.put(command.path, fd, command.size, attrs, lambda: upload.is_cancelled).fingerprint

@@ -9,6 +9,7 @@ import trio
 from alluxiofuse.config import WorkerConfig
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.ufs import registry
+from alluxiofuse.ufs.upload_process import UploadProcess
 from alluxiofuse.wire.types import WorkerAddress
 from alluxiofuse.worker import recovery
 from alluxiofuse.worker.fetcher import Fetcher
@@ -86,11 +87,16 @@ class Worker:
         writing = Writing(slabs, room, fetcher, grace_s=config.session_grace_s)
         reading = Reading(slabs, fetcher, writing.leases)
         identity = Identity(opened.index.worker_uuid, self._address)
-        uploads = Uploads(slabs, fetcher, mounts, parallel=config.persist_parallel)
+        # A connector that a test or a program hands in lives in this process only.
+        is_apart = config.upload_process and self._open_ufs is registry.open_ufs
+        process = UploadProcess(config.persist_parallel) if is_apart else None
+        uploads = Uploads(slabs, fetcher, mounts, parallel=config.persist_parallel, process=process)
         reporter = Reporter(self._master, slabs, identity, uploads)
         async with trio.open_nursery() as nursery:
             for task in (room.run, fetcher.run, writing.run, uploads.run, reporter.run):
                 nursery.start_soon(task)
+            if process is not None:
+                nursery.start_soon(process.run)
             await trio.lowlevel.checkpoint()
             self.slabs = slabs
             self.service.start(Parts(slabs, reading, writing, identity))

@@ -1,0 +1,106 @@
+"""The upload process: carries out puts for a worker (`python -m alluxiofuse.ufs.upload_child FD`).
+
+Why a process: an upload is Python and many small system calls, and in the worker's process each of
+them would fight with the data path for the interpreter. It holds no state worth keeping; when its
+socket closes, it ends and what it was doing is done again by a later one."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+from alluxiofuse.errors import AlluxioFuseError, UfsError, to_wire
+from alluxiofuse.ufs import registry
+from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UnderStorage
+from alluxiofuse.ufs.upload_messages import MAX_PACKET_BYTES, Cancel, OpenMount, Order, Put, PutResult
+from alluxiofuse.wire.codec import decode, encode
+
+log = logging.getLogger(__name__)
+
+NICENESS = 5
+"""Uploads give way to programs that wait."""
+
+
+class Child:
+    """The main thread reads orders; the pool's threads put, and send their results themselves."""
+
+    def __init__(self, sock: socket.socket, parallel: int) -> None:
+        self._sock = sock
+        self._sending = threading.Lock()
+        self._pool = ThreadPoolExecutor(parallel)
+        self._storages: dict[int, UnderStorage | AlluxioFuseError] = {}
+        self._cancelled: set[int] = set()
+        self._running: set[int] = set()
+        """Guarded by the interpreter: single operations on sets only."""
+
+    def run(self) -> None:
+        while True:
+            data, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET_BYTES, 1)
+            if not data:
+                break
+            order: Order = decode(data, Order)  # type: ignore[arg-type]  # a union is a type to msgspec
+            if isinstance(order, Put):
+                self._running.add(order.put_id)
+                self._pool.submit(self._put, order, fds[0])
+            elif isinstance(order, Cancel):
+                if order.put_id in self._running:
+                    self._cancelled.add(order.put_id)
+            else:
+                self._open(order)
+        self._cancelled.update(self._running)
+        self._pool.shutdown(cancel_futures=True)
+
+    def _open(self, order: OpenMount) -> None:
+        try:
+            self._storages[order.mount_id] = registry.open_ufs(order.uri, order.options)
+        except AlluxioFuseError as exc:
+            self._storages[order.mount_id] = exc
+
+    def _put(self, order: Put, fd: int) -> None:
+        result = PutResult(order.put_id)
+        try:
+            result.fingerprint = self._put_one(order, fd)
+        except PutCancelled:
+            result.is_cancelled = True
+        except AlluxioFuseError as exc:
+            result.error = to_wire(exc)
+        except Exception:
+            log.exception("upload failed: a bug in a connector")
+            result.error = to_wire(UfsError("the upload failed inside the upload process: see the log"))
+        finally:
+            os.close(fd)
+            self._running.discard(order.put_id)
+            self._cancelled.discard(order.put_id)
+        with self._sending:
+            try:
+                self._sock.send(encode(result))
+            except OSError:
+                pass  # The worker is gone; the main thread sees it too.
+
+    def _put_one(self, order: Put, fd: int) -> bytes:
+        storage = self._storages[order.mount_id]
+        if isinstance(storage, AlluxioFuseError):
+            raise storage
+        attrs = UfsAttrs(order.mode, order.uid, order.gid, order.mtime_ns)
+        if order.put_id in self._cancelled:
+            raise PutCancelled
+        entry = storage.put(order.path, fd, order.size, attrs, lambda: order.put_id in self._cancelled)
+        return entry.fingerprint
+
+
+def main() -> None:
+    # The worker decides when to end, by closing the socket; a Ctrl-C reaches the whole group.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    logging.basicConfig(format="%(asctime)s %(levelname)s upload: %(message)s")
+    os.nice(NICENESS)
+    Child(socket.socket(fileno=int(sys.argv[1])), int(sys.argv[2])).run()
+
+
+if __name__ == "__main__":
+    main()
