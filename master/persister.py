@@ -12,7 +12,6 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import trio
 
@@ -20,13 +19,13 @@ from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import AlluxioFuseError, UfsError, from_wire
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
-from alluxiofuse.master.containers import inode_of_container
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_failures import MAX_RETRY_S, Failure, Failures
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
 from alluxiofuse.master.persist_log import Key, PersistLog
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
+from alluxiofuse.master.persist_uploads import Upload, command_of, earlier_upload
 from alluxiofuse.master.records import INTENT_RENAME, INTENT_UPLOAD, IntentRecord
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.master.workers import WorkerRegistry
@@ -35,7 +34,7 @@ from alluxiofuse.ufs.paths import show
 from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.master_ops import PersistDone
 from alluxiofuse.wire.messages import NOTHING, Nothing
-from alluxiofuse.wire.types import CancelPersistCommand, PersistCommand
+from alluxiofuse.wire.types import CancelPersistCommand
 
 log = logging.getLogger(__name__)
 
@@ -46,22 +45,6 @@ BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
 CANCEL_PATIENCE_S = 10.0
 """How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
-
-
-@dataclass(slots=True)
-class Upload:
-    """A PersistCommand that was given to a worker and has not ended."""
-
-    task_id: int
-    ino: int
-    generation: int
-    mount_id: int
-    path: bytes
-    container: int
-    size: int
-    worker_id: int
-    sent_at_s: float
-    is_cancelled: bool = False
 
 
 class Persister:
@@ -114,7 +97,7 @@ class Persister:
 
     def done(self, request: PersistDone) -> Nothing:
         """The end of an upload. Late, duplicate or unknown ones are harmless."""
-        upload = self._uploads.get(request.task_id) or self._find_task(request)
+        upload = self._uploads.get(request.task_id) or earlier_upload(self._store, request)
         if upload is None or upload.container != request.container:
             self._ended(request.task_id)
             return NOTHING
@@ -380,24 +363,7 @@ class Persister:
         self._locks.hold(job.key, job.locks)
         self._uploads[task_id] = upload
         self._upload_of[job.ino] = task_id
-        self._command(upload)
-
-    def _command(self, upload: Upload) -> None:
-        record = self._store.inode(upload.ino)
-        if record is None:
-            return
-        command = PersistCommand(
-            upload.task_id,
-            upload.container,
-            upload.size,
-            upload.mount_id,
-            upload.path,
-            record.mode & 0o7777,
-            record.uid,
-            record.gid,
-            record.mtime_ns,
-        )
-        self._workers.send(upload.worker_id, command)
+        self._workers.send(worker_id, command_of(upload, record))
 
     def _holder(self, container: int, held_by: int) -> int:
         """An alive worker that has the bytes; 0: none."""
@@ -426,29 +392,6 @@ class Persister:
         if len(self._ended_tasks) > MAX_KEYS:
             del self._ended_tasks[next(iter(self._ended_tasks))]
 
-    def _find_task(self, request: PersistDone) -> Upload | None:
-        """A task of an earlier life, by the intent that it left."""
-        ino = inode_of_container(self._store, request.container)
-        tx = self._store.transaction()
-        record = None if ino is None else tx.inode(ino)
-        entry = None if ino is None else tx.sync_entry(ino)
-        if ino is None or record is None or entry is None or entry.intent is None:
-            return None
-        intent = tx.intent(record.mount_id, entry.intent)
-        if intent is None or intent.ino != ino or intent.task_id != request.task_id:
-            return None
-        return Upload(
-            request.task_id,
-            ino,
-            0,
-            record.mount_id,
-            entry.intent,
-            request.container,
-            request.size,
-            request.worker_id,
-            0.0,
-        )
-
     def _is_over(self, job: Job, now: float) -> bool:
         """Whether an upload of unknown end surely writes no more; if not, it is told to stop, and the
         entry is looked at again."""
@@ -471,10 +414,11 @@ class Persister:
         for upload in list(self._uploads.values()):
             if now - upload.sent_at_s > 60 + upload.size / (2 << 20):
                 upload.sent_at_s = now
+                record = self._store.inode(upload.ino)
                 if upload.is_cancelled:
                     self._workers.send(upload.worker_id, CancelPersistCommand(upload.task_id))
-                else:
-                    self._command(upload)
+                elif record is not None:
+                    self._workers.send(upload.worker_id, command_of(upload, record))
 
     def _worker_lost(self, worker_id: int) -> None:
         """What it was told is void: to be told again, to whoever has the bytes."""
