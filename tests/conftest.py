@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
+import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ from servers import s3_server as s3_server
 MARK = f"AF_TEST_RUN={uuid.uuid4()}"
 """In the environment of every process that this run starts, daemonised ones too."""
 os.environ[MARK.partition("=")[0]] = MARK.partition("=")[2]
+STRAY_GRACE_S = 5.0
 
 
 def fuse_mounts(base: Path) -> set[str]:
@@ -42,6 +45,29 @@ def processes_of_this_run() -> dict[int, str]:
     return found
 
 
+def is_below(pid: int, ancestors: Container[int]) -> bool:
+    """One of `ancestors` is the process or started it, directly or not."""
+    while pid > 1 and pid not in ancestors:
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return True  # it ended
+    return pid in ancestors
+
+
+def strays(before: Container[int]) -> dict[int, str]:
+    """Processes that were not there before and do not belong to one that was. A helper whose daemon
+    was killed gets a moment to notice."""
+    deadline = time.monotonic() + STRAY_GRACE_S
+    while True:
+        found = {
+            pid: command for pid, command in processes_of_this_run().items() if not is_below(pid, before)
+        }
+        if not found or time.monotonic() > deadline:
+            return found
+        time.sleep(0.02)
+
+
 @pytest.fixture(autouse=True)
 def nothing_is_left_behind(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
@@ -56,9 +82,9 @@ def nothing_is_left_behind(
         left.append(f"mount {place}")
         path = place.encode("utf-8", "surrogateescape").decode("unicode_escape")
         subprocess.run(["umount", "--lazy", path], check=False, capture_output=True)
-    for pid, command in processes_of_this_run().items():
-        if pid not in processes:
-            left.append(f"process {pid}: {command}")
+    for pid, command in strays(processes).items():
+        left.append(f"process {pid}: {command}")
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     if left:
         pytest.fail(f"{request.node.name} left behind:\n" + "\n".join(left))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alluxiofuse.cli.address import LOCAL_PREFIX
-from alluxiofuse.cli.fs_context import FsContext, master_options, run
+from alluxiofuse.cli.fs_context import FsContext, about, master_options, run
 from alluxiofuse.cli.progress import byte_bar
 from alluxiofuse.errors import FsError, UserError
 
@@ -35,7 +35,8 @@ def mkdir(context: FsContext, targets: tuple[str, ...], parents: bool, mode: str
     async def make() -> None:
         async with context.paths() as paths:
             for path in wanted:
-                await paths.mkdir(path, bits & ~_umask() & 0o7777, parents=parents)
+                with about(path):
+                    await paths.mkdir(path, bits & ~_umask() & 0o7777, parents=parents)
 
     run(make)
 
@@ -61,7 +62,8 @@ def rm(context: FsContext, targets: tuple[str, ...], recursive: bool, force: boo
         async with context.paths() as paths:
             for path in wanted:
                 try:
-                    await paths.remove(path, recursive=recursive)
+                    with about(path):
+                        await paths.remove(path, recursive=recursive)
                 except FsError as exc:
                     if not (force and exc.errno == errno.ENOENT):
                         raise
@@ -83,7 +85,9 @@ def mv(context: FsContext, sources: tuple[str, ...], target: str) -> None:
             into = await is_directory(paths, to)
             _check_many(sources, into, target)
             for path in wanted:
-                await paths.rename(path, os.path.join(to, os.path.basename(path)) if into else to)
+                new = _into(to, path, into)
+                with about(path, new):
+                    await paths.rename(path, new)
 
     run(move)
 
@@ -181,21 +185,26 @@ async def _copy_in(paths: Paths, local: str, target: bytes, recursive: bool) -> 
     if stat.S_ISDIR(found.st_mode) and not recursive:
         raise FsError(errno.EISDIR, f"{local} (use -r)")
     total = None if stat.S_ISDIR(found.st_mode) else found.st_size
-    with byte_bar(f"copy {Path(local).name}", total) as advance:
+    with byte_bar(f"copy {Path(local).name}", total) as advance, about(target):
         await paths.copy_in(local, target, recursive=recursive, progress=advance)
 
 
-async def _copy_out(paths: Paths, source: bytes, local: str, recursive: bool) -> None:
-    attr = await paths.stat(source)
-    if stat.S_ISDIR(attr.mode) and not recursive:
+async def _total(paths: Paths, source: bytes, recursive: bool) -> int | None:
+    """For the progress bar: a file's size, None for a directory. EISDIR unless `recursive`."""
+    with about(source):
+        attr = await paths.stat(source)
+    if not stat.S_ISDIR(attr.mode):
+        return attr.size
+    if not recursive:
         raise FsError(errno.EISDIR, f"{os.fsdecode(source)} (use -r)")
-    with byte_bar("copy", None if stat.S_ISDIR(attr.mode) else attr.size) as advance:
+    return None
+
+
+async def _copy_out(paths: Paths, source: bytes, local: str, recursive: bool) -> None:
+    with byte_bar("copy", await _total(paths, source, recursive)) as advance, about(source):
         await paths.copy_out(source, local, recursive=recursive, progress=advance)
 
 
 async def _copy_within(paths: Paths, source: bytes, target: bytes, recursive: bool) -> None:
-    attr = await paths.stat(source)
-    if stat.S_ISDIR(attr.mode) and not recursive:
-        raise FsError(errno.EISDIR, f"{os.fsdecode(source)} (use -r)")
-    with byte_bar("copy", None if stat.S_ISDIR(attr.mode) else attr.size) as advance:
+    with byte_bar("copy", await _total(paths, source, recursive)) as advance, about(source, target):
         await paths.copy(source, target, recursive=recursive, progress=advance)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -16,7 +16,7 @@ import trio
 from alluxiofuse.cli import options
 from alluxiofuse.cli.address import DEFAULT_MASTER, Target, expand, master_address, target_of
 from alluxiofuse.config import Config
-from alluxiofuse.errors import UserError
+from alluxiofuse.errors import FsError, UserError
 from alluxiofuse.rpc.security import Security, load_secret_file
 from alluxiofuse.wire.types import Caller
 
@@ -44,7 +44,7 @@ class FsContext:
         """The namespace path that an argument means. UserError: paths of different masters."""
         target = target_of(text)
         for other in self._targets:
-            if self.asked_master is None and _address(other) != _address(target):
+            if self.asked_master is None and len({_address(other), _address(target)} - {None}) > 1:
                 raise UserError("these paths belong to different masters: name one at a time")
         self._targets.append(target)
         self.mount = self.mount or target.mount
@@ -101,6 +101,18 @@ async def dial_master(address: str, security: Security) -> AsyncIterator[Connect
         yield connection
         await connection.aclose()
         nursery.cancel_scope.cancel()
+
+
+@contextmanager
+def about(path: bytes, and_path: bytes | None = None) -> Iterator[None]:
+    """Name what an FsError is about, which the errors of system calls do not."""
+    try:
+        yield
+    except FsError as exc:
+        shown = os.fsdecode(path) if and_path is None else f"{os.fsdecode(path)} to {os.fsdecode(and_path)}"
+        if shown in exc.message:
+            raise
+        raise FsError(exc.errno, f"{shown}: {exc.message}") from None
 
 
 def me() -> Caller:

@@ -8,7 +8,7 @@ import click
 import trio
 
 from alluxiofuse.cli import options as shared
-from alluxiofuse.cli.fs_context import FsContext, master_options, me, run, say, say_json, text_of
+from alluxiofuse.cli.fs_context import FsContext, about, master_options, me, run, say, say_json, text_of
 from alluxiofuse.cli.fs_show import json_option
 from alluxiofuse.cli.outcome import complain
 from alluxiofuse.cli.progress import byte_bar, count_bar
@@ -71,7 +71,11 @@ def mount_command(
 
     async def work() -> None:
         async with context.connection() as master:
-            done = [await master.call(request)] if request else await master.call(ops.ListMounts())
+            if request is None:
+                done = await master.call(ops.ListMounts())
+            else:
+                with about(request.path):
+                    done = [await master.call(request)]
         if as_json:
             say_json([mount_json(one) for one in done])
         else:
@@ -90,7 +94,8 @@ def unmount(context: FsContext, path: str) -> None:
 
     async def work() -> None:
         async with context.connection() as master:
-            await master.call(request)
+            with about(request.path):
+                await master.call(request)
 
     run(work)
 
@@ -109,7 +114,8 @@ def free(context: FsContext, targets: tuple[str, ...], recursive: bool) -> None:
         freed = dirty = in_use = 0
         async with context.connection() as master:
             for path in wanted:
-                result = await master.call(ops.Free(me(), path, recursive))
+                with about(path):
+                    result = await master.call(ops.Free(me(), path, recursive))
                 freed += result.file_count
                 dirty += result.dirty_count
                 in_use += result.in_use_count
@@ -132,8 +138,9 @@ def load(context: FsContext, targets: tuple[str, ...], parallel: int) -> None:
     async def work() -> None:
         async with context.paths() as paths:
             for path in wanted:
-                total = await paths.du(path)
-                with byte_bar(f"load {text_of(path)}", total.size_bytes) as advance:
+                with about(path):
+                    total = await paths.du(path)
+                with byte_bar(f"load {text_of(path)}", total.size_bytes) as advance, about(path):
                     done = await paths.load(path, parallel=parallel, progress=advance)
                 say(f"loaded {done.file_count} file(s), {format_size(done.size_bytes)}")
 
@@ -164,7 +171,8 @@ def persist(context: FsContext, targets: tuple[str, ...], no_wait: bool, timeout
 
 
 async def persist_one(master: Connection, path: bytes, no_wait: bool) -> None:
-    left = total = await master.call(ops.Persist(me(), path))
+    with about(path):
+        left = total = await master.call(ops.Persist(me(), path))
     if no_wait:
         say(f"{left} file(s) of {text_of(path)} are being persisted")
         return
@@ -194,6 +202,7 @@ def sync(context: FsContext, targets: tuple[str, ...], no_recursive: bool) -> No
     async def work() -> None:
         async with context.connection() as master:
             for path in wanted:
-                await master.call(ops.SyncPath(me(), path, not no_recursive))
+                with about(path):
+                    await master.call(ops.SyncPath(me(), path, not no_recursive))
 
     run(work)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from alluxiofuse.cli.address import target_of
-from alluxiofuse.cli.fs_context import FsContext, master_options, me, run, say, say_json, text_of
+from alluxiofuse.cli.fs_context import FsContext, about, master_options, me, run, say, say_json, text_of
 from alluxiofuse.errors import FsError, UserError
 from alluxiofuse.units import format_size
 from alluxiofuse.wire import master_ops as ops
@@ -129,12 +129,13 @@ def ls(
             for number, path in enumerate(wanted):
                 if len(wanted) > 1 and not as_json:
                     say(f"{chr(10) if number else ''}{text_of(path)}:")
-                async for below, attr in entries_of(paths, path, recursive):
-                    name = below if recursive else os.path.basename(below) or b"/"
-                    if as_json:
-                        found.append(attr_json(below, attr))
-                    else:
-                        say(long_line(name, attr, human) if is_long else text_of(name))
+                with about(path):
+                    async for below, attr in entries_of(paths, path, recursive):
+                        name = below if recursive else os.path.basename(below) or b"/"
+                        if as_json:
+                            found.append(attr_json(below, attr))
+                        else:
+                            say(long_line(name, attr, human) if is_long else text_of(name))
         if as_json:
             say_json(found)
 
@@ -151,7 +152,8 @@ def cat(context: FsContext, targets: tuple[str, ...]) -> None:
     async def show() -> None:
         async with context.paths() as paths:
             for path in wanted:
-                await write_out(paths, path)
+                with about(path):
+                    await write_out(paths, path)
 
     run(show)
 
@@ -182,7 +184,8 @@ def stat_command(context: FsContext, targets: tuple[str, ...], as_json: bool) ->
         found = []
         async with context.connection() as master:
             for path in wanted:
-                report = await master.call(ops.Locations(me(), path))
+                with about(path):
+                    report = await master.call(ops.Locations(me(), path))
                 found.append(attr_json(path, report.attr) | location_json(report))
         if as_json:
             say_json(found)
@@ -243,7 +246,8 @@ def location(context: FsContext, targets: tuple[str, ...], as_json: bool) -> Non
         found = []
         async with context.connection() as master:
             for path in wanted:
-                report = await master.call(ops.Locations(me(), path))
+                with about(path):
+                    report = await master.call(ops.Locations(me(), path))
                 found.append({"path": os.fsdecode(path), **location_json(report)})
             workers = {one.address.worker_id: one for one in await master.call(ops.ListWorkers())}
         for one in found:
@@ -284,8 +288,9 @@ def du(context: FsContext, targets: tuple[str, ...], summary: bool, human: bool,
         found = []
         async with context.paths() as paths:
             for path in wanted:
-                for one in [path] if summary else [*await children(paths, path), path]:
-                    found.append((one, await paths.du(one)))
+                with about(path):
+                    for one in [path] if summary else [*await children(paths, path), path]:
+                        found.append((one, await paths.du(one)))
         if as_json:
             say_json([{"path": os.fsdecode(path), **usage._asdict()} for path, usage in found])
             return

@@ -94,9 +94,11 @@ def report(exc: BaseException, *, debug: bool) -> int:
 
 
 def _sentence(error: AlluxioFuseError) -> str:
-    if isinstance(error, FsError) and error.message != os.strerror(error.errno):
-        return f"{error.message}: {os.strerror(error.errno)}"
-    return error.message or os.strerror(error.errno)
+    """What went wrong; the errno's meaning is added to an FsError that only says what it is about."""
+    meaning = os.strerror(error.errno)
+    if isinstance(error, FsError) and meaning not in error.message and ": " not in error.message:
+        return f"{error.message}: {meaning}"
+    return error.message or meaning
 
 
 def _with_help(error: click.UsageError) -> str:

@@ -35,6 +35,7 @@ def failing(site: LocalDaemon, command: str, *arguments: str) -> str:
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("alluxiofuse: error: ")
     assert done.stderr.count("\n") == 1, done.stderr
+    assert any(path.removeprefix("file:") in done.stderr for path in arguments), done.stderr
     return done.stderr
 
 
