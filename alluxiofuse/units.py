@@ -33,7 +33,7 @@ def parse_duration(text: str) -> float:
 
 
 def format_size(size_bytes: float) -> str:
-    """"1.5 GiB"; at most one decimal."""
+    """With at most one decimal, as "1.5 GiB"."""
     value = float(size_bytes)
     for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
         if abs(value) < 1024 or unit == "TiB":
