@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import Place
+from persist_places import Place
 from persist_world import World
 
 from alluxiofuse.errors import UfsUnavailableError

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.lowlevel
-from conftest import Place
+from persist_places import Place
 from persist_world import World
 
 

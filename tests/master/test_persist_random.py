@@ -8,7 +8,7 @@ import random
 
 import pytest
 import trio
-from conftest import Place
+from persist_places import Place
 from persist_world import Flaky, Killed, World, until
 
 from alluxiofuse.ufs.base import UnderStorage

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import trio
-from conftest import Place
+from persist_places import Place
 from persist_world import World, until
 
 from alluxiofuse.errors import UfsError
