@@ -58,7 +58,7 @@ class MasterConfig(_Section):
     session_lease_s: float = 20.0
     worker_heartbeat_s: float = 1.0
     worker_timeout_s: float = 300.0
-    persist_delay_s: float = 0.2
+    persist_delay_s: float = 0.5
     """How long a changed file rests before it is uploaded, so that what is soon changed, renamed or
     removed again costs no upload."""
     persist_parallel: int = 16

@@ -81,7 +81,7 @@ class PersistLog:
 
     def attrs_changed(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
         """Mode, owner or mtime."""
-        if not record.parent or record.is_local_only or stat.S_ISLNK(record.mode):
+        if not record.parent or record.is_local_only:
             return
         if not self._mounts.capabilities(record.mount_id).has_posix_attrs or not self._can_hold(record):
             return

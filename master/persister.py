@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 UPLOADS_PER_PARALLEL = 4
 """Uploads handed to workers at once, for each of `persist_parallel`: they queue there."""
 REMOVALS_PER_JOB = 500
+ROUND_S = 0.01
+"""Least time between two looks at what is due."""
 BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
 CANCEL_PATIENCE_S = 10.0
@@ -188,8 +190,12 @@ class Persister:
                 self._take_in()
                 self._start_due(nursery)
                 self._watch_uploads()
+                began_s = trio.current_time()
                 with trio.move_on_after(self._pause_s()):
                     await self._wake.wait()
+                if not self._hurried:
+                    # Under load each round then finds many entries, instead of many rounds one each.
+                    await trio.sleep_until(began_s + ROUND_S)
 
     def _pause_s(self) -> float:
         due = self._queue.next_due_s

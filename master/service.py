@@ -26,13 +26,15 @@ from alluxiofuse.master.xattrs import Xattrs
 from alluxiofuse.rpc.base import Buffer, Handler, Peer, Service
 from alluxiofuse.wire import master_ops
 from alluxiofuse.wire.messages import NOTHING, Nothing, Request, requests_of
-from alluxiofuse.wire.types import Caller, FsUsage
+from alluxiofuse.wire.types import Caller, FsUsage, Layout
 
 NOBODY = Caller(65534, 65534, [])
 
 
 class Persister(Protocol):
     """See `persister.Persister`."""
+
+    def cancel(self, ino: int) -> None: ...
 
     def hurry(self, ino: int) -> None: ...
 
@@ -129,7 +131,7 @@ class MasterService(Service):
             master_ops.Create: self._step(content.create),
             master_ops.Open: self._step(content.open),
             master_ops.Release: self._step(content.release),
-            master_ops.BeginWrite: self._step(content.begin_write),
+            master_ops.BeginWrite: self._step(self._begin_write),
             master_ops.CommitContent: self._step(content.commit_content),
             master_ops.WaitPersisted: _plain(self._wait_persisted),
             master_ops.SourceChanged: _plain(self._source_changed),
@@ -194,6 +196,11 @@ class MasterService(Service):
         return FsUsage(capacity, max(0, capacity - dirty), self._store.estimate("inode"))
 
     # --- content ----------------------------------------------------------------------------------
+
+    def _begin_write(self, req: master_ops.BeginWrite) -> Layout:
+        layout = self._content.begin_write(req)
+        self._persister.cancel(req.ino)
+        return layout
 
     async def _wait_persisted(self, req: master_ops.WaitPersisted) -> bool:
         self._persister.hurry(req.ino)

@@ -171,7 +171,7 @@ class Comparer:
             self._publish(tx, Event(EVENT_DATA, ino, b"", old))
             is_changed = True
         if entry.target != record.target:
-            record.target, is_changed = entry.target, True
+            record.target, record.size, is_changed = entry.target, len(entry.target), True
         if self._mounts.capabilities(record.mount_id).has_posix_attrs:
             shown = (entry.mode, entry.uid, entry.gid)
             if shown != (record.mode, record.uid, record.gid):

@@ -31,6 +31,9 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 PAGE_ENTRIES = 1000
+MIN_ASKS = 8
+LOCAL_ENTRIES_PER_ASK = 10
+"""Asking for a name costs about as much as listing this many, in a store with directories."""
 ENTRIES_PER_COMMIT = 1000
 MAX_ABSENT = 100_000
 FOREVER_S = 3600.0
@@ -63,6 +66,8 @@ class UfsLoader:
         """Names that the store did not have, and when (wall clock)."""
         self._partial: OrderedDict[int, None] = OrderedDict()
         """Directories too large to be loaded by a lookup: single names are asked for."""
+        self._asked: OrderedDict[int, tuple[int, int]] = OrderedDict()
+        """Of directories: how many names the last listing had, how many were asked for since."""
         self._unreachable_until_s: dict[int, float] = {}
         self.failed_count = 0
         """Comparisons that failed and were answered from what is known."""
@@ -124,6 +129,10 @@ class UfsLoader:
         if interval_s == 0 or not is_clean(record) or not record.checked_at_ns:
             return interval_s
         age_s = (self._clock.now_ns() - record.checked_at_ns) / 1e9
+        if age_s >= interval_s and stat.S_ISDIR(record.mode):
+            # Roots, and directories that wait in the persist log, are not compared; whoever asks for
+            # a name below compares that. Without this every path through them would ask again.
+            return interval_s
         return min(interval_s, max(0.0, interval_s - age_s))
 
     def _is_fresh(self, at_ns: int, interval_s: float) -> bool:
@@ -150,9 +159,21 @@ class UfsLoader:
             await self._load_first_page(parent)
             if self._directory(parent).is_loaded or self._store.child(parent, name) is not None:
                 return
+        if record.is_loaded and self._is_listing_cheaper(parent, record.mount_id):
+            await self.load_children(parent)
+            return
         async with self._flight(parent, name) as is_mine:
             if is_mine:
                 await self._ask_name(parent, name)
+
+    def _is_listing_cheaper(self, parent: int, mount_id: int) -> bool:
+        """Many single names were asked for since the last listing: one listing then answers for all
+        names until the interval is over. What is asked in vain costs at most as much again."""
+        known_count, asked_count = self._asked.get(parent, (0, 0))
+        _remember(self._asked, parent, (known_count, asked_count + 1))
+        has_directories = self._mounts.capabilities(mount_id).has_directories
+        entries_per_ask = LOCAL_ENTRIES_PER_ASK if has_directories else PAGE_ENTRIES // 2
+        return asked_count >= MIN_ASKS + known_count // entries_per_ask
 
     async def load_children(self, ino: int, force: bool = False) -> None:
         """Afterwards all names are known, and `is_loaded` is set. `force`: compare every entry, even
@@ -261,6 +282,7 @@ class UfsLoader:
             fingerprint = (await self._ask(record.mount_id, lambda s: s.stat(base))).fingerprint
             is_same = bool(fingerprint) and fingerprint == record.listing_fingerprint
             if record.is_loaded and is_same and not force:
+                _remember(self._asked, ino, (self._asked.get(ino, (0, 0))[0], 0))
                 self._set_loaded(ino, fingerprint)
                 return True
         seen: set[bytes] = set()
@@ -274,9 +296,10 @@ class UfsLoader:
             if next_token is None:
                 break
             if pages is not None and len(seen) >= pages * PAGE_ENTRIES:
-                _remember(self._partial, ino)
+                _remember(self._partial, ino, None)
                 return True
         self._vanish_unseen(ino, base, seen, token)
+        _remember(self._asked, ino, (len(seen), 0))
         self._set_loaded(ino, fingerprint)
         return True
 
@@ -380,8 +403,9 @@ def _lister(base: bytes, token: str | None) -> Callable[[UnderStorage], ListPage
     return lambda storage: storage.list(base, token, PAGE_ENTRIES)
 
 
-def _remember(known: OrderedDict[int, None], ino: int) -> None:
-    known[ino] = None
+def _remember(known: OrderedDict[int, T], ino: int, value: T) -> None:
+    known.pop(ino, None)
+    known[ino] = value
     if len(known) > MAX_ABSENT:
         known.popitem(last=False)
 

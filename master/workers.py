@@ -40,6 +40,8 @@ from alluxiofuse.wire.types import (
 
 MAX_CONTAINERS_PER_COMMAND = 4096
 MAX_COMMANDS_PER_POLL = 256
+GATHER_S = 0.01
+"""Least time between two answers to a worker's polls."""
 
 
 @dataclass(slots=True)
@@ -62,6 +64,8 @@ class Worker:
     queue: deque[Command] = field(default_factory=deque)
     has_commands: trio.Event = field(default_factory=trio.Event)
     """Set while there is something to fetch; replaced when all was taken."""
+    answered_at_s: float = -1.0
+    """When commands were last fetched, on trio's clock."""
 
     @property
     def room_bytes(self) -> int:
@@ -249,6 +253,9 @@ class WorkerRegistry:
         worker = self._known(request.worker_id, request.epoch)
         with trio.move_on_after(request.wait_s):
             await worker.has_commands.wait()
+            # In a burst many are answered at once: each answer costs both sides more than a command.
+            await trio.sleep_until(worker.answered_at_s + GATHER_S)
+        worker.answered_at_s = trio.current_time()
         if self._workers.get(request.worker_id) is not worker:
             raise SessionExpiredError("the worker registered anew")
         return _take(worker)

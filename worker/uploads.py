@@ -11,7 +11,7 @@ import trio
 
 from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UnderStorage
-from alluxiofuse.ufs.upload_process import Cancellation, UploadProcess
+from alluxiofuse.ufs.upload_process import QUEUED_PER_THREAD, Cancellation, UploadProcess
 from alluxiofuse.wire.types import PersistCommand
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.mounts import Mounts
@@ -56,7 +56,7 @@ class Upload:
 
 
 class Uploads:
-    """At most `parallel` run at once; the rest wait."""
+    """At most `parallel` run at once; the rest wait, some of them in the process."""
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class Uploads:
         self._slabs = slabs
         self._fetcher = fetcher
         self._mounts = mounts
-        self._limiter = trio.CapacityLimiter(parallel)
         self._process = process
+        self._limiter = trio.CapacityLimiter(parallel * (1 if process is None else QUEUED_PER_THREAD))
         self._tasks: dict[int, Upload] = {}
 
     def cancel(self, task_id: int) -> None:

@@ -314,10 +314,16 @@ class Operations(pyfuse3.Operations):
     ) -> tuple[pyfuse3.FileInfo, pyfuse3.EntryAttributes]:
         parent, since = self._parent_for(parent_inode, name), self.view.changes.now
         attr, file = await self.fs.create(_caller(ctx), parent, name, stat.S_IMODE(mode), flags)
-        if attr.size == 0 and attr.btime_ns == attr.mtime_ns == attr.ctime_ns and self.fs.is_watch_healthy:
+        is_new = attr.size == 0 and attr.btime_ns == attr.mtime_ns == attr.ctime_ns
+        if is_new and self.fs.is_watch_healthy:
             self._xattrs.learn(attr.ino, frozenset())  # just made, as nothing has touched it since
         self._warn_kernel(attr, flags)
-        return self._opened(attr.ino, flags, file), self._made(attr, parent, name, since)
+        answer = self._made(attr, parent, name, since)
+        if is_new:
+            # Its home makes the attributes of a file void at once, but this one is written through the
+            # kernel that caches them; of others that join in, the watch tells.
+            answer.attr_timeout = answer.entry_timeout
+        return self._opened(attr.ino, flags, file), answer
 
     @guarded_by_inode
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:

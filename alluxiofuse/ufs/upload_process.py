@@ -18,6 +18,9 @@ from alluxiofuse.wire.types import MountInfo
 
 log = logging.getLogger(__name__)
 
+GATHER_S = 0.005
+QUEUED_PER_THREAD = 16
+"""Puts that may wait in the process for each of its threads; a caller bounds its puts by this."""
 STOP_S = 5.0
 """How long the process may take to end; an upload under way cannot be interrupted any sooner."""
 
@@ -68,6 +71,13 @@ class _Running:
         self.mounts: set[int] = set()
         self.waiting: dict[int, _Waiting] = {}
 
+    def take(self, packet: bytes) -> None:
+        result = decode(packet, PutResult)
+        waiting = self.waiting.get(result.put_id)
+        if waiting is not None:
+            waiting.result = result
+            waiting.done.set()
+
     def cancel(self, put_id: int) -> None:
         """Best effort: when the process is gone, or has a full socket's worth of orders to read
         first, the put ends by itself."""
@@ -114,20 +124,21 @@ class UploadProcess:
                 await _end(self._running)
 
     async def _take_results(self, running: _Running) -> None:
-        """Until the process is gone."""
+        """Until the process is gone. All results that are there are taken at once, and then none for
+        a moment, so that many small uploads wake the data path's loop rarely."""
         while True:
             try:
                 data = await running.sock.recv(MAX_PACKET_BYTES)
+                while data:
+                    running.take(data)
+                    data = running.stdlib_sock.recv(MAX_PACKET_BYTES)
+            except BlockingIOError:
+                await trio.sleep(GATHER_S)
+                continue
             except OSError:
-                data = b""
-            if not data:
-                log.warning("the upload process ended; its uploads are started again")
-                return
-            result = decode(data, PutResult)
-            waiting = running.waiting.get(result.put_id)
-            if waiting is not None:
-                waiting.result = result
-                waiting.done.set()
+                pass
+            log.warning("the upload process ended; its uploads are started again")
+            return
 
     async def put(
         self,
