@@ -184,11 +184,10 @@ def test_a_program_that_stops_reading_is_no_error(local_daemon: Start) -> None:
 
 def test_ctrl_c_of_a_command(local_daemon: Start) -> None:
     site = local_daemon()
-    with open(site.mount / "open", "wb") as file:  # open for writing: it is not persisted until closed
-        file.write(b"x")
-        file.flush()
+    os.kill(site.daemon.pid, signal.SIGSTOP)  # it accepts a connection and does not answer
+    try:
         process = subprocess.Popen(
-            [*PROGRAM, "fs", "persist", str(site.mount / "open")],
+            [*PROGRAM, "fs", "ls", "--master", site.address, "/"],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
@@ -196,6 +195,8 @@ def test_ctrl_c_of_a_command(local_daemon: Start) -> None:
         process.send_signal(signal.SIGINT)
         assert process.wait(20) == 130
         assert [text.strip() for text in process.communicate()] == [b"", b""]
+    finally:
+        os.kill(site.daemon.pid, signal.SIGCONT)
 
 
 def has_unix_peer(pid: int) -> bool:
