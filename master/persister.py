@@ -110,6 +110,7 @@ class Persister:
                 upload.ino, upload.mount_id, upload.path, upload.generation, upload.container, found
             )
             self._workers.mark_clean(upload.container, request.worker_id)
+            self._failures.forget(upload.ino)
             self._end_upload(upload, None)
         elif request.error_code in ("stale", "cancelled"):
             self._jobs.abandon(upload.ino, upload.mount_id, upload.path)
