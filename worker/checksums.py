@@ -146,26 +146,28 @@ def data_pages(fd: int, size: int) -> int:
     return mask
 
 
-def sealed_checksums(path: str, pages: int, size: int) -> tuple[dict[int, int], int]:
-    """Of the pages of mask `pages` of a slab that was written: checksums, and the mask of full pages
-    of zeros (which have none in the dict), those that are holes told apart cheaply. Full pages of
-    zeros are made holes (the mtime stays). Blocks for the reading of the data."""
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    try:
-        times = os.fstat(fd)
-        full = (1 << (size // PAGE_BYTES)) - 1
-        zeros = pages & full & ~data_pages(fd, size)
-        found = page_checksums(fd, bits(pages & ~zeros), size)
-        zeros |= mask_of(page for page, value in found.items() if value == ZERO_PAGE)
-        last = page_count(size) - 1
-        holes = zeros | (1 << last if last in found and is_zero(found[last], page_length(last, size)) else 0)
-        for first, count in mask_runs(holes):
-            punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
-        if holes:
-            os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
-        return {page: value for page, value in found.items() if value != ZERO_PAGE}, zeros
-    finally:
-        os.close(fd)
+def sealed_checksums(fd: int, pages: int, size: int) -> tuple[dict[int, int], int, int]:
+    """Of the pages of mask `pages` of a slab that was written: checksums; the mask of full pages of
+    zeros (which have none in the dict), those that are holes told apart cheaply; and the mask of
+    pages of zeros, the last one included, that are not holes yet. Changes nothing. Blocks for the
+    reading of the data; moves the descriptor's offset."""
+    full = (1 << (size // PAGE_BYTES)) - 1
+    data = data_pages(fd, size)
+    zeros = pages & full & ~data
+    found = page_checksums(fd, bits(pages & ~zeros), size)
+    zeros |= mask_of(page for page, value in found.items() if value == ZERO_PAGE)
+    last = page_count(size) - 1
+    filled = zeros | (1 << last if last in found and is_zero(found[last], page_length(last, size)) else 0)
+    return {page: value for page, value in found.items() if value != ZERO_PAGE}, zeros, filled & data
+
+
+def punch_pages(fd: int, pages: int) -> None:
+    """Make pages of zeros holes; the times stay. Nobody may be writing: what is written to such a
+    page meanwhile would be lost. Blocks."""
+    times = os.fstat(fd)
+    for first, count in mask_runs(pages):
+        punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
+    os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
 def copy_pages(source: str, target: str, pages: int, size: int, sync: bool) -> None:

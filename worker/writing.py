@@ -63,6 +63,16 @@ def page_end(offset: int) -> int:
     return -(-offset // PAGE_BYTES) * PAGE_BYTES
 
 
+class Sealing:
+    """Of one slab: the seals that are under way, one after the other."""
+
+    def __init__(self) -> None:
+        self.lock = trio.Lock()
+        self.users = 0
+        self.is_punching = False
+        """Pages of zeros are being made holes: nobody may begin to write."""
+
+
 class Writing:
     """Owned by the worker."""
 
@@ -73,6 +83,7 @@ class Writing:
         self.leases = Leases(slabs, grace_s=grace_s, seal_orphan=self._seal_orphan)
         self._gates: dict[int, trio.Lock] = {}
         """Container -> BeginWrites that take time."""
+        self._seals: dict[Slab, Sealing] = {}
         self._nursery: trio.Nursery | None = None
         self._threads = trio.CapacityLimiter(4)
 
@@ -92,7 +103,7 @@ class Writing:
         if request.container == 0 or request.container == request.old_container:
             raise BadRequestError("BeginWrite needs a new container id")
         slab = self._slabs.get(request.container)
-        if slab is not None and self._may_join(slab, request):
+        if slab is not None and not self._is_punching(slab) and self._may_join(slab, request):
             return self._grant(peer, request, slab)
         if slab is None and request.old_container == 0 and request.container not in self._gates:
             slab = self._create_now(request.container, request.reserve_bytes)
@@ -138,6 +149,9 @@ class Writing:
     async def _begin_slowly(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant]:
         async with self._gate(request.container):
             slab = self._slabs.get(request.container)
+            if slab is not None and (gate := self._seals.get(slab)) is not None and gate.is_punching:
+                async with gate.lock:
+                    pass
             if slab is None and request.old_container and request.old_size:
                 slab = await self._convert(request)
             elif slab is None:
@@ -412,31 +426,54 @@ class Writing:
         return outcome[0]
 
     async def seal(self, slab: Slab) -> WriteEnd:
-        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals)."""
+        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals). One
+        at a time for a slab; by its descriptor, as the next writer may rename the file."""
         self._slabs.pin(slab)
+        gate = self._seals.setdefault(slab, Sealing())
+        gate.users += 1
         try:
-            for _ in range(_SEAL_ATTEMPTS):
-                writes = slab.writes
-                found = os.stat(self._slabs.path(slab))
-                pages = self._slabs.pages_to_seal(slab, found.st_size)
-                sums, zeros = await trio.to_thread.run_sync(
-                    checksums.sealed_checksums,
-                    self._slabs.path(slab),
-                    pages,
-                    found.st_size,
-                    limiter=self._threads,
-                )
-                if slab.writers or slab.writes != writes or slab.state != WRITING:
-                    return WriteEnd(found.st_size, found.st_mtime_ns, False)
-                now = os.stat(self._slabs.path(slab))
-                if (now.st_size, now.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
-                    break
-            self._slabs.seal(slab, found.st_size, sums, zeros)
-            return WriteEnd(found.st_size, found.st_mtime_ns, True)
+            async with gate.lock:
+                fd = os.dup(self._fd(slab))
+                try:
+                    return await self._seal_by(slab, fd, gate)
+                finally:
+                    os.close(fd)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
+            gate.users -= 1
+            if not gate.users:
+                del self._seals[slab]
             self._slabs.unpin(slab)
+
+    async def _seal_by(self, slab: Slab, fd: int, gate: Sealing) -> WriteEnd:
+        for _ in range(_SEAL_ATTEMPTS):
+            writes = slab.writes
+            found = os.fstat(fd)
+            unsealed = WriteEnd(found.st_size, found.st_mtime_ns, False)
+            if slab.writers or slab.state != WRITING:
+                return unsealed
+            pages = self._slabs.pages_to_seal(slab, found.st_size)
+            sums, zeros, filled = await trio.to_thread.run_sync(
+                checksums.sealed_checksums, fd, pages, found.st_size, limiter=self._threads
+            )
+            if slab.writers or slab.writes != writes or slab.state != WRITING:
+                return unsealed
+            now = os.fstat(fd)
+            if (now.st_size, now.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
+                break
+        if filled:
+            gate.is_punching = True  # Who wants to write waits: it would be lost.
+            try:
+                await trio.to_thread.run_sync(checksums.punch_pages, fd, filled, limiter=self._threads)
+            finally:
+                gate.is_punching = False
+        self._slabs.seal(slab, found.st_size, sums, zeros)
+        return WriteEnd(found.st_size, found.st_mtime_ns, True)
+
+    def _is_punching(self, slab: Slab) -> bool:
+        gate = self._seals.get(slab)
+        return gate is not None and gate.is_punching
 
     async def _seal_orphan(self, slab: Slab) -> None:
         try:

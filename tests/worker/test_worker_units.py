@@ -76,10 +76,13 @@ def test_zero_pages_are_left_out(tmp_path: Path) -> None:
         assert checksums.data_pages(file.fileno(), len(data)) == 0b010
         found = checksums.page_checksums(file.fileno(), range(3), len(data))
         assert list(found.values()) == sums
-    assert checksums.sealed_checksums(str(tmp_path / "slab"), 0b111, len(data)) == (
-        {1: sums[1], 2: sums[2]},
-        0b001,
-    )
+        _, sum1, sum2 = sums
+        assert checksums.sealed_checksums(file.fileno(), 0b111, len(data)) == ({1: sum1, 2: sum2}, 0b001, 0)
+        checksums.pwrite_all(file.fileno(), data, 0)
+        found = checksums.sealed_checksums(file.fileno(), 0b111, len(data))
+        assert found == ({1: sum1, 2: sum2}, 0b001, 0b101)
+        checksums.punch_pages(file.fileno(), 0b101)
+        assert checksums.data_pages(file.fileno(), len(data)) == 0b010
 
 
 def test_index_keeps_pages_of_big_containers_in_chunks(tmp_path: Path) -> None:

@@ -1,0 +1,107 @@
+"""Seals that meet other writers, other seals and failing disks."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trio
+from worker_world import MB, World, pattern, running, trio_test
+
+from alluxiofuse.wire.worker_ops import BeginWrite, EndWrite, WriteEnd, WriteGrant
+from alluxiofuse.worker import checksums
+
+
+class Pause:
+    """Holds the first thread that computes checksums, after it has read the pages."""
+
+    def __init__(self) -> None:
+        self.reached = threading.Event()
+        self.go_on = threading.Event()
+
+    def wrap(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            found = function(*args)
+            is_main = threading.current_thread() is threading.main_thread()
+            if not is_main and not self.reached.is_set():
+                self.reached.set()
+                assert self.go_on.wait(20)
+            return found
+
+        return run
+
+
+@pytest.fixture
+def pause(monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
+    found = Pause()
+    monkeypatch.setattr(checksums, "page_checksums", found.wrap(checksums.page_checksums))
+    yield found
+    found.go_on.set()
+
+
+async def _begin_as(world: World, session_id: int, container: int, old: int = 0, size: int = 0) -> WriteGrant:
+    request = BeginWrite(session_id, container, old, size, None, 0, False)
+    return (await world.client.exchange(request)).result
+
+
+@trio_test
+async def test_what_a_writer_puts_where_zeros_were_survives_a_seal_under_way(
+    tmp_path: Path, pause: Pause
+) -> None:
+    async with running(tmp_path) as world:
+        grant, fd = await world.begin(70, reserve=3 * MB)
+        os.pwrite(fd, bytes(2 * MB) + b"end", 0)
+        first: list[WriteEnd] = []
+        async with trio.open_nursery() as nursery:
+
+            async def end() -> None:
+                first.append(await world.client.call(EndWrite(grant.lock_id, None)))
+
+            nursery.start_soon(end)
+            await trio.to_thread.run_sync(pause.reached.wait)
+            other = await _begin_as(world, 6, 70)
+            os.pwrite(fd, b"x" * MB, 0)
+            pause.go_on.set()
+        assert not first[0].is_sealed
+        assert os.pread(fd, MB, 0) == b"x" * MB
+        last = await world.client.call(EndWrite(other.lock_id, None))
+        assert last.is_sealed
+        os.close(fd)
+        assert await world.read_all(70, None, last.size) == b"x" * MB + bytes(MB) + b"end"
+        await world.detach(grant.lock_id, other.lock_id)
+
+
+@trio_test
+async def test_a_seal_that_was_overtaken_by_a_seal_and_the_next_writer(tmp_path: Path, pause: Pause) -> None:
+    data = pattern(2 * MB)
+    async with running(tmp_path) as world:
+        grant, fd = await world.begin(71, reserve=2 * MB)
+        os.pwrite(fd, data, 0)
+        ends: list[WriteEnd] = []
+        second = trio.Event()
+        async with trio.open_nursery() as nursery:
+
+            async def end(lock_id: int) -> None:
+                ends.append(await world.client.call(EndWrite(lock_id, None)))
+                second.set()
+
+            nursery.start_soon(end, grant.lock_id)
+            await trio.to_thread.run_sync(pause.reached.wait)
+            other = await _begin_as(world, 6, 71)
+            nursery.start_soon(end, other.lock_id)
+            with trio.move_on_after(0.3):  # It may go first, or wait for its turn.
+                await second.wait()
+            if second.is_set():
+                await _begin_as(world, 6, 72, 71, len(data))
+            pause.go_on.set()
+        assert sorted(end.is_sealed for end in ends) == [False, True]
+        again = await _begin_as(world, 6, 72, 71, len(data))
+        os.pwrite(fd, b"new", 0)
+        os.close(fd)
+        assert (await world.client.call(EndWrite(again.lock_id, None))).is_sealed
+        assert await world.read_all(72, None, len(data)) == b"new" + data[3:]
+        await world.detach(grant.lock_id, other.lock_id, again.lock_id)
