@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 FIRST_WINDOW_PAGES = 2
+REORDER_PAGES = 16
+"""How far behind the newest access one may be and still belong to the same sequential reader: the
+kernel has several requests of its read-ahead under way, which arrive in any order."""
 _BULK_BYTES = 128 << 10
 """A first access at the start that asks for this much looks like a sequential one."""
 
@@ -27,19 +30,20 @@ class ReadAhead:
         """[first, end) was asked for with `length_bytes`; the range of pages to fetch ahead now
         (empty when enough is under way)."""
         fresh = self.seen == 0
+        if not fresh and self.seen - REORDER_PAGES <= first and end <= self.seen:
+            return end, end
         is_sequential = (
             first == 0 and length_bytes >= _BULK_BYTES
             if fresh
-            else self.seen - 1 <= first <= max(self.seen, self.end)
+            else self.seen - REORDER_PAGES <= first <= max(self.seen, self.end)
         )
-        repeats = not fresh and end <= self.seen and first >= self.seen - 1
         self.seen = max(end, 1)
         if not is_sequential:
             self.window //= 4
             self.end = end
             return end, end
         ahead = max(self.end, end)
-        if repeats or ahead - end > self.window // 2:
+        if ahead - end > self.window // 2:
             return end, end
         self.window = min(limit_pages, max(FIRST_WINDOW_PAGES, self.window * 2))
         self.end = max(ahead, end + self.window)

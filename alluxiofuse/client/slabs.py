@@ -52,6 +52,7 @@ class Slab:
         "reader_count",
         "size",
         "takes_nowait",
+        "tell_at",
         "worker_id",
     )
 
@@ -75,6 +76,8 @@ class Slab:
         self.is_complete = presence.is_complete
         self.pages: bytes = presence.pages
         self.is_durable = is_durable
+        self.tell_at = 0
+        """The worker is told of a reader that gets here (`reading`)."""
         self.takes_nowait = True
         """Its filesystem can say that a read would block (RWF_NOWAIT)."""
         self.idle_since = 0.0
