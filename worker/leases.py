@@ -9,7 +9,7 @@ from collections.abc import Awaitable, Callable
 import trio
 
 from alluxiofuse.rpc.base import Peer
-from alluxiofuse.worker.slab import WRITING, Lock, Slab
+from alluxiofuse.worker.slab import DIRTY, WRITING, Lock, Slab
 from alluxiofuse.worker.slabs import Slabs
 
 log = logging.getLogger(__name__)
@@ -57,9 +57,16 @@ class Leases:
         lock.peer = key
         lock.orphaned = 0
 
-    def release(self, lock: Lock) -> None:
-        """A reader's lock ends."""
+    def release(self, lock: Lock, *, is_uncommitted: bool = False) -> None:
+        """A reader's lock ends. `is_uncommitted`: the master was not told of its seal."""
         self._unbind(lock)
+        self._end(lock, is_uncommitted)
+
+    def _end(self, lock: Lock, is_uncommitted: bool) -> None:
+        slab = lock.slab
+        # The slab may be open again by now, for another writer's container.
+        if is_uncommitted and lock.has_sealed and slab.state == DIRTY and not slab.is_gone:
+            self._slabs.report_orphan(slab)
         self._slabs.unlock(lock)
 
     def abandon(self, lock: Lock) -> None:
@@ -93,9 +100,7 @@ class Leases:
             if lock.is_writer:
                 self._orphan(lock)
                 continue
-            if lock.has_sealed and not lock.slab.is_gone:
-                self._slabs.report_orphan(lock.slab)
-            self._slabs.unlock(lock)
+            self._end(lock, True)
 
     def _orphan(self, lock: Lock) -> None:
         lock.orphaned = next(self._numbers)

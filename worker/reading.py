@@ -104,7 +104,7 @@ class Reading:
             if lock.is_writer:
                 self._leases.abandon(lock)
                 continue
-            self._leases.release(lock)
+            self._leases.release(lock, is_uncommitted=request.is_uncommitted)
             if not slab.locks and slab.jobs:
                 self._fetcher.cancel_ahead(slab)
         return NOTHING

@@ -16,7 +16,7 @@ import trio
 from alluxiofuse.client.core import Core
 from alluxiofuse.client.slabs import Slab
 from alluxiofuse.client.writing import SealedMeanwhile, Writing
-from alluxiofuse.errors import AlluxioFuseError, NoSpaceError, StaleError
+from alluxiofuse.errors import AlluxioFuseError, NoSpaceError, PeerError, StaleError
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
 
@@ -218,12 +218,19 @@ class Content:
         """Under the lock, after `writing.end`."""
         end, session = writing.result, self.core.session
         assert end is not None
-        attr = await session.call(
-            ops.CommitContent(
-                session.id, self.ino, writing.container, end.size, writing.mtime_ns, end.is_sealed
-            ),
-            is_idempotent=True,
-        )
+        try:
+            attr = await session.call(
+                ops.CommitContent(
+                    session.id, self.ino, writing.container, end.size, writing.mtime_ns, end.is_sealed
+                ),
+                is_idempotent=True,
+            )
+        except StaleError:
+            if end.is_sealed:
+                raise
+            # Who came last has sealed and committed it, with our bytes; the next writing has begun.
+            self.give_up()
+            return
         self.attr = attr
         self.writing = None
         self.core.transition_count += 1
@@ -304,14 +311,23 @@ class Content:
         """Bytes on a durable tier or in the under storage; size and mtime at the master. Its log is
         not synced here."""
         self.raise_pending()
-        writing = self.writing
-        if writing is None:
-            await self._sync_sealed()
-            return
-        try:
-            is_durable = await writing.sync()
-        except SealedMeanwhile:
-            is_durable = False
+        while True:
+            writing = self.writing
+            if writing is None:
+                await self._sync_sealed()
+                return
+            try:
+                is_durable = await writing.sync()
+                break
+            except SealedMeanwhile:
+                is_durable = False
+                break
+            except StaleError:
+                if self.writing is writing and not writing.is_ending:
+                    raise
+            # Ended by another task meanwhile: its bytes are where the content is now.
+            async with self.lock:
+                pass
         if is_durable:
             await self.commit()
         else:
@@ -327,8 +343,11 @@ class Content:
             layout, slab = self.layout, self.slab
             if layout.source is not None or layout.home or not layout.container or not layout.size:
                 return
-            if slab is not None and slab.is_good and await slab.sync():
-                return
+            try:
+                if slab is not None and slab.is_good and await slab.sync():
+                    return
+            except (StaleError, PeerError) as exc:
+                log.debug("inode %d is not synced by its slab: %s", self.ino, exc)
             request = ops.WaitPersisted(self.ino, layout.container, SYNC_WAIT_S)
             if await session.call(request, is_idempotent=True):
                 return
@@ -352,9 +371,10 @@ class Content:
             self.give_up()
 
     def give_up(self) -> None:
-        """Forget a write state that can't be ended; the worker seals what it has by itself."""
+        """Forget a write state that can't be ended or committed; the worker seals what it has by itself,
+        and tells the master."""
         writing, self.writing = self.writing, None
-        if writing is not None and (slab := writing.close()) is not None:
-            self.core.slabs.discard(slab)
+        if writing is not None:
+            writing.abandon()
         self.core.kernel_pages.forget(self.ino)
         self.is_stale = True

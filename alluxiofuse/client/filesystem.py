@@ -415,6 +415,8 @@ class FileSystem:
         if flags & os.O_TRUNC:
             try:
                 await content.truncate(0)
+                if not content.is_written:
+                    await content.seal()  # O_RDONLY: nobody will flush it.
             except BaseException:
                 await file.release()
                 raise

@@ -118,7 +118,8 @@ class OpenFile:
         content = self._content
         try:
             content.files.remove(self)
-            if self.is_writer and content.writing is not None and not content.is_written:
+            # Also when it only emptied the file: O_RDONLY | O_TRUNC.
+            if content.writing is not None and not content.is_written:
                 with trio.CancelScope(shield=True):
                     await content.last_writer_left()
         except AlluxioFuseError as exc:

@@ -177,7 +177,7 @@ class SlabCache:
         """Container -> slab."""
         self._idle_bytes = 0
         self._used: dict[int, Slab] = {}
-        self._detach: list[tuple[Connection, int]] = []
+        self._detach: list[tuple[Connection, int, bool]] = []
         self._has_detach = trio.Event()
 
     async def attach(
@@ -283,21 +283,21 @@ class SlabCache:
 
     # --- giving locks back --------------------------------------------------------------------------
 
-    def detach(self, connection: Connection, lock_id: int) -> None:
-        """Give a lock back soon, together with others."""
-        self._detach.append((connection, lock_id))
+    def detach(self, connection: Connection, lock_id: int, *, is_uncommitted: bool = False) -> None:
+        """Give a lock back soon, together with others. `is_uncommitted`: see `worker_ops.Detach`."""
+        self._detach.append((connection, lock_id, is_uncommitted))
         self._has_detach.set()
 
     async def send_detaches(self) -> None:
         """Now. A worker that can't be reached has dropped our locks with the connection."""
         batch, self._detach = self._detach, []
         self._has_detach = trio.Event()
-        by_connection: dict[int, tuple[Connection, list[int]]] = {}
-        for connection, lock_id in batch:
-            by_connection.setdefault(id(connection), (connection, []))[1].append(lock_id)
-        for connection, lock_ids in by_connection.values():
+        groups: dict[tuple[int, bool], tuple[Connection, list[int]]] = {}
+        for connection, lock_id, is_uncommitted in batch:
+            groups.setdefault((id(connection), is_uncommitted), (connection, []))[1].append(lock_id)
+        for (_, is_uncommitted), (connection, lock_ids) in groups.items():
             try:
-                await connection.call(worker_ops.Detach(lock_ids))
+                await connection.call(worker_ops.Detach(lock_ids, is_uncommitted))
             except AlluxioFuseError as exc:
                 log.debug("detach: %s", exc)
 

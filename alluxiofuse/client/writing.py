@@ -187,11 +187,20 @@ class Writing:
                 await self.begin(0)
             except StaleError as exc:
                 self.is_ending = True
-                self.result = WriteEnd(self.size, self.mtime_ns, True)
+                self.result = WriteEnd(await self._sealed_size(), self.mtime_ns, True)
                 raise SealedMeanwhile(exc.message) from None
             log.info("writing of container %d goes on after its worker was away", self.container)
             assert self.slab is not None
             return self.slab
+
+    async def _sealed_size(self) -> int:
+        """Of what the worker sealed without us: other sessions may have written to it, and calls of
+        ours may have been carried out whose answers were lost."""
+        connection = await self._core.workers.connection(self.worker_id)
+        try:
+            return (await connection.call(worker_ops.StatContainer(self.container))).size
+        except StaleError:
+            return self.size  # It is in the under storage already, so the master knows better.
 
     async def _ask(self, build: Callable[[int], Request[R]]) -> R:
         """A call about the lock that may be done twice; again after the worker was away."""
@@ -233,6 +242,14 @@ class Writing:
         except SealedMeanwhile:
             assert self.result is not None
             return self.result
+
+    def abandon(self) -> None:
+        """Leave it to the worker to end it, and to tell the master if that was not done."""
+        slab, self.slab = self.slab, None
+        if slab is not None:
+            slab.drop()
+            if not slab.connection.is_closed:
+                self._core.slabs.detach(slab.connection, slab.lock_id, is_uncommitted=True)
 
     def close(self) -> Slab | None:
         """Leave it: the slab, if its lock holds and it may be read by descriptor, else None."""

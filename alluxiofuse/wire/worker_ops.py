@@ -57,6 +57,8 @@ class Attached(Message):
 class Detach(Request[Nothing]):
     OP: ClassVar[str] = "worker.detach"
     lock_ids: Annotated[list[int], Meta(max_length=65536)]
+    is_uncommitted: bool = False
+    """The client could not tell the master what these locks' EndWrites had sealed: the worker does."""
 
 
 class Fetch(Request[Presence]):

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import trio
-from worker_world import MB, World, pattern, running, trio_test
+from worker_world import MB, World, eventually, pattern, running, trio_test
 
-from alluxiofuse.wire.worker_ops import BeginWrite, EndWrite, WriteEnd, WriteGrant
+from alluxiofuse.rpc.inprocess import InProcess
+from alluxiofuse.wire.worker_ops import BeginWrite, Detach, EndWrite, Write, WriteEnd, WriteGrant
 from alluxiofuse.worker import checksums
 
 
@@ -105,3 +106,32 @@ async def test_a_seal_that_was_overtaken_by_a_seal_and_the_next_writer(tmp_path:
         assert (await world.client.call(EndWrite(again.lock_id, None))).is_sealed
         assert await world.read_all(72, None, len(data)) == b"new" + data[3:]
         await world.detach(grant.lock_id, other.lock_id, again.lock_id)
+
+
+@trio_test
+async def test_a_vanished_client_does_not_seal_what_the_next_one_writes(tmp_path: Path) -> None:
+    data = pattern(5000)
+    async with running(tmp_path) as world:
+        other = InProcess(world.worker.service)
+        first = (await other.exchange(BeginWrite(6, 73, 0, 0, None, 0, False))).result
+        await other.call(Write(first.lock_id, 0), data)
+        assert (await other.call(EndWrite(first.lock_id, None))).is_sealed
+        grant, fd = await world.begin(74, 73, len(data))
+        os.close(fd)
+        await other.aclose()
+        await world.heartbeats()
+        assert [seal for seal in world.master.seals if seal.container == 74] == []
+        await world.client.call(EndWrite(grant.lock_id, None))
+        await world.detach(grant.lock_id)
+
+
+@trio_test
+async def test_a_seal_that_the_client_could_not_commit_is_reported(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        grant, fd = await world.begin(75)
+        os.write(fd, b"committed by nobody")
+        os.close(fd)
+        await world.client.call(EndWrite(grant.lock_id, None))
+        await world.client.call(Detach([grant.lock_id], True))
+        await eventually(lambda: bool(world.master.seals), "the seal is reported")
+        assert (world.master.seals[0].container, world.master.seals[0].size) == (75, 19)

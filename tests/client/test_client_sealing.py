@@ -1,0 +1,119 @@
+"""Seals and commits that meet other clients, restarts and a master that is away."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+import pytest
+import trio
+from client_world import IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, until
+
+from alluxiofuse.errors import AlluxioFuseError
+from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.wire.master_ops import CommitContent
+
+
+def hold_commits(client: Client) -> tuple[trio.Event, trio.Event]:
+    """The next CommitContent of this client waits: (it does, it may go on)."""
+    session: Any = client.fs._session
+    call: Callable[..., Awaitable[Any]] = session.call
+    waits, may_go = trio.Event(), trio.Event()
+
+    async def held(request: Any, **options: Any) -> Any:
+        if isinstance(request, CommitContent):
+            waits.set()
+            await may_go.wait()
+        return await call(request, **options)
+
+    session.call = held
+    return waits, may_go
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_a_commit_that_others_overtook(kind: str) -> None:
+    """Who was not the last writer commits when the file has been sealed and begun again."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            first = await one.create(b"f")
+            second = await two.open(b"f", os.O_RDWR)
+            await first.write(0, b"one")
+            await second.write(3, b"two")
+            waits, may_go = hold_commits(one)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(first.flush)
+                await waits.wait()
+                await second.flush()
+                await second.write(6, b"again")
+                may_go.set()
+            assert bytes(await first.read(0, 20)) == b"onetwoagain"
+            for client, file in ((one, first), (two, second)):
+                await client.close(file)
+            assert await one.get(b"f") == b"onetwoagain"
+
+    in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [UNIX, TCP])
+def test_a_restarted_worker_seals_what_several_clients_wrote(kind: str) -> None:
+    """The master hears of it from the client that knows least."""
+
+    async def test(world: World) -> None:
+        await world.stop_worker()
+        await world.start_worker(session_grace_s=0.01)
+        async with world.client("one") as one, world.client("two") as two:
+            first = await one.create(b"f")
+            second = await two.open(b"f", os.O_RDWR)
+            await first.write(0, b"one")
+            await second.write(3, b"two" * 1000)
+            await world.stop_worker()
+            part = await world.start_worker(session_grace_s=0.01)
+            await until(lambda: part.worker.slabs and not part.worker.slabs.locks)
+            await first.flush()
+            assert (await one.fs.lookup(ROOT, ROOT_INO, b"f")).size == 3003
+            for client, file in ((one, first), (two, second)):
+                await client.close(file)
+            for client in (one, two):
+                assert await client.get(b"f") == b"one" + b"two" * 1000
+
+    in_world(kind, master={"worker_heartbeat_s": 3.0})(test)
+
+
+@pytest.mark.parametrize("kind", [UNIX, TCP])
+def test_a_master_that_is_away_at_the_close_hears_of_the_seal(kind: str) -> None:
+    async def test(world: World) -> None:
+        async with world.client(patience_s=2.0) as client:
+            file = await client.create(b"f")
+            await file.write(0, b"written")
+            await world.stop_master()
+            with pytest.raises(AlluxioFuseError):
+                await file.flush()
+            await file.release()
+            await world.start_master()
+            await until(lambda: (world.ufs / "f").exists() and (world.ufs / "f").read_bytes() == b"written")
+            attr = await client.fs.lookup(ROOT, ROOT_INO, b"f")
+            assert (attr.home, attr.size) == (0, 7)
+            await client.put(b"f", b"and again")
+            assert await client.get(b"f") == b"and again"
+
+    in_world(kind)(test)
+
+
+@pytest.mark.parametrize("flags", [os.O_RDONLY | os.O_TRUNC, os.O_RDWR | os.O_TRUNC])
+def test_emptying_by_open_alone(flags: int) -> None:
+    async def test(world: World) -> None:
+        async with world.client() as client:
+            await client.put(b"f", b"content")
+            file = await client.open(b"f", flags)
+            await client.close(file)
+            _, made = await client.fs.create(ROOT, ROOT_INO, b"new", 0o644, flags)
+            await client.close(made)
+            for name in (b"f", b"new"):
+                attr = await client.fs.lookup(ROOT, ROOT_INO, name)
+                assert (attr.home, attr.size) == (0, 0)
+            there = [world.ufs / "f", world.ufs / "new"]
+            await until(lambda: all(one.exists() and not one.read_bytes() for one in there))
+
+    in_world(IN_PROCESS)(test)
