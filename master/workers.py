@@ -40,6 +40,8 @@ from alluxiofuse.wire.types import (
 
 MAX_CONTAINERS_PER_COMMAND = 4096
 MAX_COMMANDS_PER_POLL = 256
+HOME_HEARTBEATS = 10
+"""A worker not heard of for so many heartbeats gets no new content, long before it counts as lost."""
 GATHER_S = 0.01
 """Least time between two answers to a worker's polls."""
 
@@ -103,10 +105,11 @@ class WorkerRegistry:
         return [worker_id for worker_id in self._workers if self.is_alive(worker_id)]
 
     def choose_home(self, preferred: int) -> int:
-        """`preferred` when it is alive, else the one with most room. UnavailableError when none is."""
-        if self.is_alive(preferred):
+        """`preferred` when it was heard lately, else the one of these with most room. UnavailableError
+        when there is none: new content is given to nobody who may have died a moment ago."""
+        if self._was_heard_lately(preferred):
             return preferred
-        candidates = self.alive()
+        candidates = [worker_id for worker_id in self.alive() if self._was_heard_lately(worker_id)]
         if not candidates:
             raise UnavailableError("no worker is running: start one")
         return max(candidates, key=lambda worker_id: self._workers[worker_id].room_bytes)
@@ -299,6 +302,12 @@ class WorkerRegistry:
 
     def _is_silent(self, worker: Worker) -> bool:
         return self._clock.monotonic() - worker.seen_at_s >= self._config.worker_timeout_s
+
+    def _was_heard_lately(self, worker_id: int) -> bool:
+        if not self.is_alive(worker_id):
+            return False
+        silence_s = self._clock.monotonic() - self._workers[worker_id].seen_at_s
+        return silence_s < HOME_HEARTBEATS * self._config.worker_heartbeat_s
 
     def _worker_id(self, uuid: str) -> int:
         try:

@@ -23,6 +23,8 @@ T = TypeVar("T")
 
 NO_WORKER = "no worker is running: start one to write files"
 _RETRY_S = 0.2
+OUTAGE_MEMORY_S = 30.0
+"""An outage that nobody has met for so long is over: the next failure begins another one."""
 MAX_KERNEL_CONTAINERS = 100_000
 
 
@@ -72,6 +74,10 @@ class Core:
     """How often writing began or ended in this client: answers to what was asked before may be out of
     date without an event that says so (a session is not told of its own changes)."""
 
+    outage_since_s: float | None = None
+    """When the outage of workers for writing began that lasts; None: the last one that was asked answered."""
+    outage_seen_at_s: float = 0.0
+
     def closed(self, content: Content) -> None:
         """One open file of `content` ended."""
         if not content.files and self.contents.get(content.ino) is content:
@@ -81,16 +87,27 @@ class Core:
 
     async def with_home(self, ask: Callable[[int], Awaitable[T]]) -> T:
         """`ask` with the worker to write to. UnavailableError when there is none, after some patience
-        where there were workers lately."""
-        deadline = trio.current_time() + self.config.patience_s
+        where there were workers lately: in all for one outage, not for each of a thousand files."""
         while True:
             try:
                 home = self.workers.local_worker_id or await self.workers.home()
                 if not home:
                     raise UnavailableError(NO_WORKER)
-                return await ask(home)
+                result = await ask(home)
             except UnavailableError:
-                if not self.workers.was_seen_lately or trio.current_time() + _RETRY_S > deadline:
+                is_over = trio.current_time() + _RETRY_S > self._outage_deadline()
+                if is_over or not self.workers.was_seen_lately:
                     raise
+            else:
+                self.outage_since_s = None
+                return result
             await trio.sleep(_RETRY_S)
             await self.workers.refresh()
+
+    def _outage_deadline(self) -> float:
+        """Until when to wait, after a failure now."""
+        now = trio.current_time()
+        if self.outage_since_s is None or now - self.outage_seen_at_s > OUTAGE_MEMORY_S:
+            self.outage_since_s = now
+        self.outage_seen_at_s = now
+        return self.outage_since_s + self.config.patience_s

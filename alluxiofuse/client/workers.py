@@ -196,8 +196,10 @@ class WorkerPool:
                 raise UnavailableError(f"worker {worker_id} of this process has ended")
             try:
                 self._connections[worker_id] = connection = await self._dial(worker_id)
-            except PeerError:
+            except PeerError as exc:
                 self._down_until[worker_id] = trio.current_time() + DOWN_S
+                if isinstance(exc, UnavailableError):
+                    raise UnavailableError(f"worker {worker_id}: {exc.message}") from None
                 raise
             self._down_until.pop(worker_id, None)
             return connection

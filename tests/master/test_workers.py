@@ -15,7 +15,7 @@ from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import give_container
 from alluxiofuse.master.format import ensure_formatted
 from alluxiofuse.master.store import Store
-from alluxiofuse.master.workers import WorkerRegistry
+from alluxiofuse.master.workers import HOME_HEARTBEATS, WorkerRegistry
 from alluxiofuse.wire.master_ops import (
     RegisterWorker,
     Registration,
@@ -122,6 +122,22 @@ def test_home_is_the_preferred_or_the_roomiest(tmp_path: Path) -> None:
         assert cluster.registry.choose_home(small.worker_id) == small.worker_id
         assert cluster.registry.choose_home(0) == large.worker_id
         assert cluster.registry.choose_home(77) == large.worker_id
+
+    run(test, tmp_path)
+
+
+def test_who_was_silent_for_a_while_gets_nothing_new(tmp_path: Path) -> None:
+    async def test(cluster: Cluster) -> None:
+        config = cluster.registry._config
+        config.worker_timeout_s = 100.0
+        small, large = cluster.worker("1", room=10), cluster.worker("2", room=1000)
+        await trio.sleep(HOME_HEARTBEATS * config.worker_heartbeat_s)
+        cluster.beat(small)
+        assert cluster.registry.is_alive(large.worker_id), "it may come back with what it has"
+        assert cluster.registry.choose_home(large.worker_id) == small.worker_id
+        await trio.sleep(HOME_HEARTBEATS * config.worker_heartbeat_s)
+        with pytest.raises(UnavailableError, match="no worker is running"):
+            cluster.registry.choose_home(small.worker_id)
 
     run(test, tmp_path)
 
