@@ -71,13 +71,13 @@ class Peer:
     """For logs: "127.0.0.1:4711", "unix uid=0 pid=12", "in-process"."""
     is_trusted: bool
     """May speak for any user (`Caller.groups` None): proved the shared secret, is the same uid or
-    root on a Unix socket, is in process, or the daemon runs without a secret (loopback only)."""
+    root on a Unix socket or, where no secret is in use, on loopback TCP, or is in process."""
     is_authenticated: bool
     """Proved the secret, Unix credentials of the same uid or root, or in process. Only such peers
     are told secret mount options."""
     can_pass_fds: bool
     uid: int | None = None
-    """Unix sockets: the peer's uid."""
+    """Unix sockets, and TCP where no secret is in use: the peer's uid."""
     _on_close: list[Callable[[], None]] = field(default_factory=list)
 
     def on_close(self, callback: Callable[[], None]) -> None:

@@ -23,6 +23,7 @@ from alluxiofuse.errors import AuthError, ConnectionLost, PeerError
 from alluxiofuse.rpc.address import TcpAddress, UnixAddress
 from alluxiofuse.rpc.base import Peer, Service
 from alluxiofuse.rpc.listen import listen_tcp, listen_unix, peer_credentials, remove_unix, tune_tcp
+from alluxiofuse.rpc.localpeer import uid_of_local_peer
 from alluxiofuse.rpc.ratelimit import LimitedLog
 from alluxiofuse.rpc.serverconnection import ServerConnection
 from alluxiofuse.rpc.service import HandlerTable
@@ -50,6 +51,7 @@ async def serve_tcp(
     task_status: trio.TaskStatus[TcpAddress] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Serve on every address of `host`; port 0 takes a free one. Started with the real address.
+    Peers prove the secret; when none is in use they must be of our uid or root, as on a Unix socket.
 
     UserError: the address is in use or not ours, or is not a loopback address and there is no
     secret. TypeError: the service's handlers do not match its ops.
@@ -107,10 +109,22 @@ class Arrival:
 def _tcp_peer(security: Security, sock: socket.socket) -> Arrival:
     tune_tcp(sock)
     host, port = sock.getpeername()[:2]
-    # Without a secret we listen on loopback only, and believe what local programs say.
-    has_secret = security.secret is not None
-    peer = Peer(str(TcpAddress(host, port)), is_trusted=True, is_authenticated=has_secret, can_pass_fds=False)
-    return Arrival(peer, uses_secret=True)
+    name = str(TcpAddress(host, port))
+    if security.secret is not None:
+        peer = Peer(name, is_trusted=True, is_authenticated=True, can_pass_fds=False)
+        return Arrival(peer, uses_secret=True)
+    # Without a secret we listen on loopback only, where the kernel knows whose the other end is.
+    uid = uid_of_local_peer(sock)
+    if uid is not None:
+        name += f" uid={uid}"
+    is_allowed = uid in (0, os.geteuid())
+    peer = Peer(name, is_trusted=is_allowed, is_authenticated=False, can_pass_fds=False, uid=uid)
+    who = "a user that can't be told" if uid is None else f"uid {uid}"
+    reason = (
+        f"{who} may not use this port: without a secret only the daemon's own user and root may, "
+        "give --secret-file to both"
+    )
+    return Arrival(peer, uses_secret=True, refusal=None if is_allowed else AuthError(reason))
 
 
 def _unix_peer(sock: socket.socket) -> Arrival:

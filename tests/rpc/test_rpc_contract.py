@@ -48,6 +48,7 @@ SECRET = b"0123456789abcdef0123456789abcdef"
 class TransportContract:
     passes_fds = False
     is_authenticated = True
+    knows_uid = True
     crosses_wire = True
 
     @pytest.fixture(autouse=True)
@@ -286,7 +287,7 @@ class TransportContract:
             assert found.is_trusted
             assert found.is_authenticated == self.is_authenticated
             assert found.can_pass_fds == self.passes_fds == connection.can_pass_fds
-            assert found.uid == (os.geteuid() if self.passes_fds else None)
+            assert found.uid == (os.geteuid() if self.knows_uid else None)
             assert found.name
 
         self.run(body)
@@ -337,6 +338,7 @@ class TestTcp(TransportContract):
 
 class TestTcpWithSecret(TestTcp):
     is_authenticated = True
+    knows_uid = False
     security = Security(SECRET, "cluster-1")
 
 
