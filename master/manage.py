@@ -161,7 +161,7 @@ class Management:
             if exc.errno != errno.ENOENT:
                 raise
             above = await self._resolve(req.who, _split(req.path)[0])
-            await self._parts.loader.load_children(above.ino, force=True)
+            await self._parts.loader.load_children(above.ino)
             top = await self._resolve(req.who, req.path)
         await self._sync_tree(top.ino, req.recursive)
         return NOTHING
@@ -174,7 +174,7 @@ class Management:
             record = self._store.inode(ino)
             if record is None or not stat.S_ISDIR(record.mode):
                 continue
-            await self._parts.loader.load_children(ino, force=True)
+            await self._parts.loader.load_children(ino)
             if recursive:
                 todo += [child for child, below in self._children(ino) if stat.S_ISDIR(below.mode)]
 

@@ -83,7 +83,8 @@ class Comparer:
             name = entry.path.rpartition(b"/")[2]
             child = tx.child(directory, name)
             if child is not None:
-                self._meet(tx, directory, name, child, entry, token)
+                if not self._is_same(tx, child, entry):
+                    self._meet(tx, directory, name, child, entry, token)
             elif not self._is_hidden(tx, parent.mount_id, entry, token, has_pending):
                 self._insert(tx, directory, parent, name, entry)
                 added += 1
@@ -97,6 +98,18 @@ class Comparer:
                 now.mtime_ns = now.ctime_ns = self._clock.now_ns()
             tx.put_inode(directory, now)
         tx.commit()
+
+    def _is_same(self, tx: Transaction, ino: int, entry: UfsEntry) -> bool:
+        """The record says just what the listing shows: nothing to take over, whatever is under way."""
+        record = tx.inode(ino)
+        if record is None or not record.is_in_ufs or entry.target != record.target:
+            return False
+        if entry.is_file and entry.fingerprint != record.fingerprint:
+            return False
+        if not self._mounts.capabilities(record.mount_id).has_posix_attrs:
+            return stat.S_IFMT(entry.mode) == stat.S_IFMT(record.mode)
+        is_time_same = entry.is_dir or entry.mtime_ns == record.mtime_ns
+        return is_time_same and (entry.mode, entry.uid, entry.gid) == (record.mode, record.uid, record.gid)
 
     def meet(
         self, parent: int, name: bytes, ino: int, entry: UfsEntry, token: int, force: bool = False

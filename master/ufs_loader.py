@@ -66,6 +66,8 @@ class UfsLoader:
         """Names that the store did not have, and when (wall clock)."""
         self._partial: OrderedDict[int, None] = OrderedDict()
         """Directories too large to be loaded by a lookup: single names are asked for."""
+        self._compared: OrderedDict[int, int] = OrderedDict()
+        """Of directories: when all entries were compared with a whole listing (wall clock)."""
         self._asked: OrderedDict[int, tuple[int, int]] = OrderedDict()
         """Of directories: how many names the last listing had, how many were asked for since."""
         self._unreachable_until_s: dict[int, float] = {}
@@ -99,7 +101,7 @@ class UfsLoader:
         if not record.is_loaded:
             return True
         interval_s = self._mounts.sync_interval_s(record.mount_id)
-        if interval_s < 0 or self._is_fresh(record.listed_at_ns, interval_s):
+        if interval_s < 0 or self._is_fresh(self._compared.get(ino, 0), interval_s):
             return False
         if not record.is_in_ufs and not places.is_mount_root(self._store, ino, record):
             return False
@@ -108,7 +110,7 @@ class UfsLoader:
     def needs_refresh(self, ino: int, record: InodeRecord) -> bool:
         """Before attributes are answered: `refresh`?"""
         interval_s = self._mounts.sync_interval_s(record.mount_id)
-        if interval_s < 0 or self._is_fresh(record.checked_at_ns, interval_s):
+        if interval_s < 0 or self._is_fresh(self._checked_at_ns(record), interval_s):
             return False
         if not record.is_in_ufs or not record.parent or record.is_local_only or record.home:
             return False
@@ -126,14 +128,20 @@ class UfsLoader:
         interval_s = self._mounts.sync_interval_s(record.mount_id)
         if interval_s < 0:
             return FOREVER_S
-        if interval_s == 0 or not is_clean(record) or not record.checked_at_ns:
+        checked_at_ns = self._checked_at_ns(record)
+        if interval_s == 0 or not is_clean(record) or not checked_at_ns:
             return interval_s
-        age_s = (self._clock.now_ns() - record.checked_at_ns) / 1e9
+        age_s = (self._clock.now_ns() - checked_at_ns) / 1e9
         if age_s >= interval_s and stat.S_ISDIR(record.mode):
             # Roots, and directories that wait in the persist log, are not compared; whoever asks for
             # a name below compares that. Without this every path through them would ask again.
             return interval_s
         return min(interval_s, max(0.0, interval_s - age_s))
+
+    def _checked_at_ns(self, record: InodeRecord) -> int:
+        """By itself or with all of its directory; that a listing found thousands of entries as they
+        were is noted once, not in every record."""
+        return max(record.checked_at_ns, self._compared.get(record.parent, 0))
 
     def _is_fresh(self, at_ns: int, interval_s: float) -> bool:
         return self._clock.now_ns() - at_ns < interval_s * 1e9
@@ -160,7 +168,9 @@ class UfsLoader:
             if self._directory(parent).is_loaded or self._store.child(parent, name) is not None:
                 return
         if record.is_loaded and self._is_listing_cheaper(parent, record.mount_id):
-            await self.load_children(parent)
+            async with self._flight(parent, b"") as is_mine:
+                if is_mine:
+                    await self._load_directory(parent, pages=None, names_only=True)
             return
         async with self._flight(parent, name) as is_mine:
             if is_mine:
@@ -175,13 +185,13 @@ class UfsLoader:
         entries_per_ask = LOCAL_ENTRIES_PER_ASK if has_directories else PAGE_ENTRIES // 2
         return asked_count >= MIN_ASKS + known_count // entries_per_ask
 
-    async def load_children(self, ino: int, force: bool = False) -> None:
-        """Afterwards all names are known, and `is_loaded` is set. `force`: compare every entry, even
-        where the directory looks unchanged. UfsError when they never were known and the store can't be
-        asked. If cancelled, what was entered stays, `is_loaded` is not set."""
+    async def load_children(self, ino: int) -> None:
+        """Afterwards all names are known and all entries compared, and `is_loaded` is set. UfsError
+        when they never were known and the store can't be asked. If cancelled, what was entered stays,
+        `is_loaded` is not set."""
         async with self._flight(ino, b"") as is_mine:
             if is_mine:
-                await self._load_directory(ino, pages=None, force=force)
+                await self._load_directory(ino, pages=None)
 
     async def refresh(self, ino: int, force: bool = False) -> None:
         """Compare one inode. A store that can't be asked leaves it as it is known."""
@@ -248,8 +258,9 @@ class UfsLoader:
             if is_mine and not self._directory(ino).is_loaded:
                 await self._load_directory(ino, pages=1)
 
-    async def _load_directory(self, ino: int, pages: int | None, force: bool = False) -> None:
-        """List it; all over again when a rename moved it meanwhile."""
+    async def _load_directory(self, ino: int, pages: int | None, names_only: bool = False) -> None:
+        """List it; all over again when a rename moved it meanwhile. `names_only`: not when its
+        fingerprint shows that the names are as they were."""
         for _ in range(_MAX_MOVES):
             record = self._directory(ino)
             base = self._base(ino, record)
@@ -258,7 +269,7 @@ class UfsLoader:
                 return
             token = self._recent.watch()
             try:
-                if await self._list(ino, record, base, token, pages, force):
+                if await self._list(ino, record, base, token, pages, names_only):
                     return
             except UfsNotFoundError:
                 self._comparer.vanish(ino, base, token)
@@ -274,17 +285,18 @@ class UfsLoader:
                 self._recent.end(token)
 
     async def _list(
-        self, ino: int, record: InodeRecord, base: bytes, token: int, pages: int | None, force: bool
+        self, ino: int, record: InodeRecord, base: bytes, token: int, pages: int | None, names_only: bool
     ) -> bool:
         """False: it was moved meanwhile."""
         fingerprint = b""
         if self._mounts.capabilities(record.mount_id).has_directories:
             fingerprint = (await self._ask(record.mount_id, lambda s: s.stat(base))).fingerprint
             is_same = bool(fingerprint) and fingerprint == record.listing_fingerprint
-            if record.is_loaded and is_same and not force:
+            if record.is_loaded and is_same and names_only:
                 _remember(self._asked, ino, (self._asked.get(ino, (0, 0))[0], 0))
                 self._set_loaded(ino, fingerprint)
                 return True
+        began_ns = self._clock.now_ns()
         seen: set[bytes] = set()
         next_token: str | None = None
         while True:
@@ -300,6 +312,7 @@ class UfsLoader:
                 return True
         self._vanish_unseen(ino, base, seen, token)
         _remember(self._asked, ino, (len(seen), 0))
+        _remember(self._compared, ino, began_ns)
         self._set_loaded(ino, fingerprint)
         return True
 

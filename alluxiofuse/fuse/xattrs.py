@@ -13,12 +13,15 @@ from alluxiofuse.errors import FsError
 
 MAX_INODES = 100_000
 _NAMESPACES = (b"user.", b"trusted.", b"security.")
+_NOT_KEPT = (b"security.selinux",)
+"""No labels here, said in the way by which programs learn that it holds for the whole filesystem:
+`ls -l` then asks once and not for every file."""
 
 
 def check_name(name: bytes) -> None:
     """EOPNOTSUPP for namespaces that are not kept, above all system.posix_acl_*. Who may use which
     has been checked by the kernel (xattr(7)); ERANGE for a name longer than the kernel allows."""
-    if not name.startswith(_NAMESPACES):
+    if not name.startswith(_NAMESPACES) or name in _NOT_KEPT:
         raise FsError(errno.EOPNOTSUPP)
     if len(name) > 255:
         raise FsError(errno.ERANGE)

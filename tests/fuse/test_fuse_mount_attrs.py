@@ -247,3 +247,11 @@ def test_inode_numbers_stay(here: Path) -> None:
     assert (here / "moved").stat().st_ino == ino
     with os.scandir(here) as entries:
         assert [entry.inode() for entry in entries] == [ino]
+
+
+def test_no_selinux_labels_is_said_for_the_whole_filesystem(here: Path) -> None:
+    """`ls -l` asks for a label of each file until it hears ENOTSUP."""
+    (here / "f").touch()
+    with pytest.raises(OSError) as caught:
+        os.getxattr(here / "f", "security.selinux")
+    assert caught.value.errno == errno.ENOTSUP

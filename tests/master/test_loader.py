@@ -161,7 +161,7 @@ def test_interval_never(place: Place, tmp_path: Path) -> None:
         outside(world, "b", b"1", tmp)
         time.pass_s(10**6)
         assert await listing(world) == ["a"]
-        await world.loader.load_children(ROOT_INO, force=True)
+        await world.loader.load_children(ROOT_INO)
         assert world.names() == ["a", "b"]
 
     both(test, place, tmp_path, -1.0)
@@ -270,7 +270,7 @@ def test_a_listing_older_than_our_own_persist(place: Place, tmp_path: Path, chan
 
             world.loader._ask = slow  # type: ignore[method-assign]
             async with trio.open_nursery() as nursery:
-                nursery.start_soon(lambda: world.loader.load_children(ROOT_INO, force=True))
+                nursery.start_soon(lambda: world.loader.load_children(ROOT_INO))
                 await taken.wait()
                 if change == "write":
                     world.write("a", b"second, longer")
