@@ -146,10 +146,10 @@ class Content:
         ino = self._tree.insert(tx, req.parent, parent_record, req.name, record)
         if record.home:
             tx.put("meta", OPEN + u64(ino), b"")
+        self._changes.finish_insert(tx, req.session_id, req.parent, req.name)
         self._sessions.add_open(req.session_id, ino)
         if record.home:
             self._sessions.add_writer(req.session_id, ino, record.container)
-        self._changes.finish_insert(tx, req.session_id, req.parent, req.name)
         return Created(self._namespace.attr(ino, record), self.layout(ino, record), True)
 
     def release(self, req: Release) -> Nothing:
@@ -181,8 +181,8 @@ class Content:
             record.mtime_ns = record.ctime_ns = self._namespace.clock.now_ns()
         tx.put("meta", OPEN + u64(req.ino), b"")
         tx.put_inode(req.ino, record)
-        self._sessions.add_writer(req.session_id, req.ino, record.container)
         tx.commit()
+        self._sessions.add_writer(req.session_id, req.ino, record.container)
         self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
         return self.layout(req.ino, record)
 
@@ -273,7 +273,7 @@ class Content:
             tx.after_commit(partial(self._workers.drop_container, base, base_holder))
         if record.nlink:
             self._persist_log.content_committed(tx, ino, record)
-        self._sessions.clear_writers(ino, record.container)
+        tx.after_commit(partial(self._sessions.clear_writers, ino, record.container))
 
     def revert(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
         """The home never heard of `record.container`: nothing was written, the base is the content
@@ -285,7 +285,7 @@ class Content:
         forget_container(tx, container)
         give_container(tx, record.container, ino)
         tx.put_inode(ino, record)
-        self._sessions.clear_writers(ino, container)
+        tx.after_commit(partial(self._sessions.clear_writers, ino, container))
         tx.after_commit(partial(self._workers.drop_container, container, home))
         tx.after_commit(lambda: self._tell(ino))
 

@@ -152,8 +152,11 @@ class Master:
                 nursery.start_soon(self._management.resume)
                 task_status.started()
         finally:
-            with trio.CancelScope(shield=True):
-                await trio.to_thread.run_sync(self.store.sync)
+            try:
+                with trio.CancelScope(shield=True):
+                    await trio.to_thread.run_sync(self.store.sync)
+            except StateError:
+                pass  # logged
             self.close()
 
     def close(self) -> None:
@@ -165,12 +168,19 @@ class Master:
             await self._committed.wait()
             await trio.sleep(SYNC_AFTER_S)
             self._committed = trio.Event()
-            await trio.to_thread.run_sync(self.store.sync)
+            try:
+                await trio.to_thread.run_sync(self.store.sync)
+            except StateError:
+                pass  # logged; opening the store again writes all of it anew
 
     async def _sweep(self) -> None:
         while True:
-            self.workers.check_lost()
-            self._content.sweep()
+            if self.store.heal():
+                try:
+                    self.workers.check_lost()
+                    self._content.sweep()
+                except StateError:
+                    pass  # logged; whatever is left is swept when it can be written again
             await trio.sleep(SWEEP_EVERY_S)
 
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 import trio
 
 from alluxiofuse.config import MasterConfig
-from alluxiofuse.errors import AlluxioFuseError, UfsError, from_wire
+from alluxiofuse.errors import AlluxioFuseError, StateError, UfsError, from_wire
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.mounts import MountTable
@@ -188,9 +188,7 @@ class Persister:
             self._resolve_renames_first()
             while True:
                 self._wake = trio.Event()
-                self._take_in()
-                self._start_due(nursery)
-                self._watch_uploads()
+                self._round(nursery)
                 began_s = trio.current_time()
                 with trio.move_on_after(self._pause_s()):
                     await self._wake.wait()
@@ -198,7 +196,20 @@ class Persister:
                     # Under load each round then finds many entries, instead of many rounds one each.
                     await trio.sleep_until(began_s + ROUND_S)
 
+    def _round(self, nursery: trio.Nursery) -> None:
+        """Nothing happens while the store can't be written; its entries stay."""
+        if self._store.is_failed:
+            return
+        try:
+            self._take_in()
+            self._start_due(nursery)
+        except StateError:
+            self._log.is_overflowed = True  # the entry that was being looked at is found by scanning
+        self._watch_uploads()
+
     def _pause_s(self) -> float:
+        if self._store.is_failed:
+            return 1.0
         due = self._queue.next_due_s
         if due is None or self._running >= self._config.persist_parallel:
             return 1.0 if self._uploads else 60.0

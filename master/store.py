@@ -8,13 +8,21 @@ and put back; they are not shared with other transactions.
 Durability: a commit is in the write-ahead log of the operating system when it returns (survives a
 kill of the process); `sync` (and a background call at most every 100 ms, by the master) makes it
 survive the machine.
+
+When the disk is full or fails, the commit at hand raises StateError and has not happened. RocksDB then
+writes no more until it is opened again, which `heal` does as soon as there is room; reading goes on.
 """
 
 from __future__ import annotations
 
+import errno
+import gc
+import logging
 import os
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rocksdict import Options, Rdict, WriteBatch
 
@@ -33,6 +41,10 @@ from alluxiofuse.wire.codec import decoder, encode
 _inode_decoder = decoder(InodeRecord)
 _RESERVE = 1024
 """Counters are taken from the disk in steps of this many numbers."""
+_HEAL_BYTES = 16 << 20
+"""Free room, beyond twice the write-ahead logs, at which a store that failed is opened again."""
+
+log = logging.getLogger(__name__)
 
 
 def u64(value: int) -> bytes:
@@ -50,21 +62,30 @@ class Store:
         self.commit_count = 0
         self.on_commit: list[Callable[[], None]] = []
         """Called after every commit, while it is in the log of the operating system only."""
+        self._scan_count = 0
+        """Iterators in use: while there is one, RocksDB can't be closed."""
+        self._trouble: StateError | None = None
+        """Why nothing can be written at present."""
+        self._sync_lock = threading.Lock()
+        """Held by the thread that syncs, so that the store is not closed under it."""
         _prepare(directory)
-        options = _options()
         try:
-            self._db = Rdict(
-                str(directory), options=options, column_families={n: _options() for n in COLUMN_FAMILIES}
-            )
+            self._open()
         except Exception as exc:  # rocksdict raises bare Exception
             if "lock" in str(exc).lower():
                 raise UserError(
                     f"{directory} is in use by another process: stop it or name another state directory"
                 ) from None
             raise StateError(f"{directory} can't be opened as a metadata store: {exc}") from None
-        self._cf = {name: self._db.get_column_family(name) for name in COLUMN_FAMILIES}
-        self._handle = {name: self._db.get_column_family_handle(name) for name in COLUMN_FAMILIES}
         self._check_format()
+
+    def _open(self) -> None:
+        families = {name: _options() for name in COLUMN_FAMILIES}
+        self._db: Any = Rdict(str(self.directory), options=_options(), column_families=families)
+        self._cf = _Families(self)
+        self._cf.update({name: self._db.get_column_family(name) for name in COLUMN_FAMILIES})
+        self._handle = _Families(self)
+        self._handle.update({name: self._db.get_column_family_handle(name) for name in COLUMN_FAMILIES})
 
     def _check_format(self) -> None:
         found = self.get("meta", b"format")
@@ -94,14 +115,18 @@ class Store:
         """(key without the prefix, value) in key order; `after`: strictly beyond prefix + after. A
         snapshot as of the first item: changes made meanwhile are not seen."""
         iterator = self._cf[family].iter()
-        iterator.seek(prefix if after is None else prefix + after + b"\x00")
-        cut = len(prefix)
-        while iterator.valid():
-            key = iterator.key()
-            if not key.startswith(prefix):
-                return
-            yield key[cut:], iterator.value()
-            iterator.next()
+        self._scan_count += 1
+        try:
+            iterator.seek(prefix if after is None else prefix + after + b"\x00")
+            cut = len(prefix)
+            while iterator.valid():
+                key = iterator.key()
+                if not key.startswith(prefix):
+                    return
+                yield key[cut:], iterator.value()
+                iterator.next()
+        finally:
+            self._scan_count -= 1
 
     def estimate(self, family: str) -> int:
         """About how many keys a family holds."""
@@ -126,23 +151,112 @@ class Store:
         return at
 
     def commit(self, batch: WriteBatch) -> None:
-        """Every change of the master's state passes here, atomically."""
-        self._db.write(batch)
+        """Every change of the master's state passes here, atomically. StateError (ENOSPC, EIO): it has
+        not happened."""
+        if self._trouble is not None:
+            raise self._copy_of(self._trouble)
+        try:
+            self._db.write(batch)
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._failed(exc) from None
         self.commit_count += 1
         for callback in self.on_commit:
             callback()
 
     def sync(self) -> None:
-        """fsync of the write-ahead log; blocks for a disk write: call it in a thread. Thread-safe."""
-        self._db.flush_wal(True)
+        """fsync of the write-ahead log; blocks for a disk write: call it in a thread. Thread-safe.
+        StateError: what was committed may not survive the machine."""
+        with self._sync_lock:
+            if self._trouble is not None:
+                raise self._copy_of(self._trouble)
+            try:
+                self._db.flush_wal(True)
+            except Exception as exc:  # rocksdict raises bare Exception
+                raise self._failed(exc) from None
+
+    # --- trouble ----------------------------------------------------------------------------------
+
+    @property
+    def is_failed(self) -> bool:
+        """Nothing can be written until `heal` succeeds."""
+        return self._trouble is not None
+
+    def _failed(self, exc: Exception) -> Exception:
+        if type(exc) is not Exception:
+            return exc  # not of RocksDB, so a bug of ours
+        is_full = "no space left" in str(exc).lower()
+        reason = os.strerror(errno.ENOSPC) if is_full else str(exc)
+        way_out = "make room there" if is_full else "look at that disk"
+        if self._trouble is None:
+            self._trouble = StateError(
+                f"the state directory {self.directory} can't be written: {reason}: {way_out}; nothing can be "
+                "changed until then",
+                errno=errno.ENOSPC if is_full else errno.EIO,
+            )
+            log.error("%s", self._trouble.message)
+        return self._copy_of(self._trouble)
+
+    @staticmethod
+    def _copy_of(trouble: StateError) -> StateError:
+        return StateError(trouble.message, errno=trouble.errno)
+
+    def heal(self) -> bool:
+        """Try to open a store again that failed; True when it can be written now. To be called now and
+        then; blocks for the time that opening takes. Does nothing while something is being read."""
+        if self._trouble is None:
+            return True
+        if self._scan_count or not self._has_room() or not self._sync_lock.acquire(blocking=False):
+            return False
+        try:
+            self._close()
+            gc.collect()  # RocksDB's lock goes with the last reference
+            self._open()
+        except Exception as exc:  # rocksdict raises bare Exception
+            log.error("%s can't be opened again yet: %s", self.directory, exc)
+            return False
+        finally:
+            self._sync_lock.release()
+        self._trouble = None
+        log.warning("the state directory %s can be written again", self.directory)
+        return True
+
+    def _has_room(self) -> bool:
+        try:
+            free = os.statvfs(self.directory)
+            logs = sum(file.stat().st_size for file in self.directory.glob("*.log"))
+        except OSError:
+            return False
+        return free.f_bavail * free.f_frsize >= _HEAL_BYTES + 2 * logs
+
+    def unreachable(self) -> StateError:
+        """For reading while it is closed, after an attempt to open it again failed."""
+        return self._copy_of(self._trouble or StateError(f"{self.directory} is closed"))
 
     def close(self) -> None:
         """Releases RocksDB's lock. Idempotent."""
-        for family in self._cf.values():
-            family.close()
+        self._close()
+
+    def _close(self) -> None:
+        for part in (*self._cf.values(), self._db):
+            try:
+                if part is not None:
+                    part.close()
+            except Exception as exc:  # what it still wanted to write is in the write-ahead log
+                log.debug("closing %s: %s", self.directory, exc)
         self._cf.clear()
         self._handle.clear()
-        self._db.close()
+        self._db = None
+
+
+class _Families(dict[str, Any]):
+    """Column families, or their handles, by name; StateError while the store is not open."""
+
+    def __init__(self, store: Store) -> None:
+        super().__init__()
+        self._store = store
+
+    def __missing__(self, name: str) -> Any:
+        raise self._store.unreachable()
 
 
 class Transaction:
@@ -248,7 +362,7 @@ class Transaction:
         self.delete("persist", b"i" + u64(mount_id) + path)
 
     def commit(self) -> None:
-        """Apply; the transaction is empty and usable again afterwards."""
+        """Apply; the transaction is empty and usable again afterwards. StateError: nothing happened."""
         if self._writes:
             batch = WriteBatch(raw_mode=True)
             handle = self.store._handle
@@ -258,7 +372,11 @@ class Transaction:
                 else:
                     batch.put(key, value, handle[family])
             self._writes.clear()
-            self.store.commit(batch)
+            try:
+                self.store.commit(batch)
+            except StateError:
+                self._after.clear()
+                raise
         callbacks, self._after = self._after, []
         for callback in callbacks:
             callback()

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
-from alluxiofuse.errors import FsError, StaleError
+from alluxiofuse.errors import FsError, StaleError, StateError
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import forget_container, give_container
@@ -255,8 +255,9 @@ class Tree:
     # --- ends -------------------------------------------------------------------------------------
 
     def released(self, ino: int) -> None:
-        """Nobody has the inode open any more: an orphan goes now, in a transaction of its own."""
-        if ino not in self.orphans:
+        """Nobody has the inode open any more: an orphan goes now, in a transaction of its own. While
+        nothing can be written it stays, for whoever asks next (`Content.sweep`)."""
+        if ino not in self.orphans or self.store.is_failed:
             return
         tx = self.store.transaction()
         record = tx.inode(ino)
@@ -264,7 +265,10 @@ class Tree:
         if record is not None and record.nlink == 0:
             self._discard(tx, ino, record)
             tx.after_commit(partial(self._persist_log.orphan_freed, ino, record))
-        tx.commit()
+        try:
+            tx.commit()
+        except StateError:
+            return
         self.orphans.discard(ino)
 
     def _discard(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
