@@ -126,6 +126,9 @@ def prepare(path: AnyPath, *, is_nonempty_allowed: bool = False) -> list[str]:
         raise UserError(f"{shown} is not a directory")
     mount = mount_at(os.path.realpath(os.fsencode(path)))
     if mount is not None and mount.is_ours:
+        if _is_dead(path):
+            notes.append(_clear_dead(path))
+            return notes + prepare(path, is_nonempty_allowed=is_nonempty_allowed)
         raise UserError(
             f"{shown} is already an alluxiofuse mount of {mount.source}: unmount it first with "
             f"`alluxiofuse umount {shown}`"
@@ -141,6 +144,15 @@ def _has_entries(path: AnyPath) -> bool:
             return next(entries, None) is not None
     except OSError as exc:
         raise UserError(f"cannot mount at {os.fsdecode(path)}: {exc.strerror}") from None
+
+
+def _is_dead(path: AnyPath) -> bool:
+    """The kernel may still answer stat(2) for a daemon that has just died; statfs(2) it passes on."""
+    try:
+        os.statvfs(path)
+    except OSError as exc:
+        return exc.errno in _DEAD_ERRNOS
+    return False
 
 
 def _clear_dead(path: AnyPath) -> str:
