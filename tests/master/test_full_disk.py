@@ -141,7 +141,7 @@ def test_a_master_on_a_full_disk(disk: Path, tmp_path: Path) -> None:
     config = MasterConfig(state_dir=str(disk / "state"), ufs=str(tmp_path / "ufs"), persist_delay_s=0.05)
 
     async def life() -> None:
-        master = Master(config)
+        master = Master(config, close_stale_sessions=True)
         async with trio.open_nursery() as nursery:
             await nursery.start(master.run)
             connection = InProcess(master.service)
