@@ -70,19 +70,21 @@ class OpenFile:
             raise FsError(errno.EBADF)
         return await reading.read(self, self._content, offset, size)
 
-    async def write(self, offset: int, data: Buffer) -> int:
+    async def write(self, offset: int, data: Buffer, *, is_append: bool | None = None) -> int:
         """How many bytes were written, from the start of `data`; fewer than given only when the room
-        ended (ENOSPC when there was none at all). With O_APPEND `offset` is ignored."""
+        ended (ENOSPC when there was none at all). `is_append`: to the end, whatever `offset` is; None:
+        as the file was opened."""
         if self.is_released or not self.is_writer:
             raise FsError(errno.EBADF)
         self.is_flushed = False
         content = self._content
+        is_append = self.is_append if is_append is None else is_append
         while True:
             writing = content.writing
             if writing is None or not writing.takes_writes:
                 writing = await content.begun(len(data))
             try:
-                return await writing.write(offset, data, is_append=self.is_append)
+                return await writing.write(offset, data, is_append=is_append)
             except SealedMeanwhile:
                 continue
 

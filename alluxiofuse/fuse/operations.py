@@ -331,6 +331,7 @@ class Operations(pyfuse3.Operations):
         file = await self.fs.open(_caller(ctx), ino, flags)
         self._warn_kernel(file.attr, flags)
         if flags & os.O_TRUNC:
+            self.view.emptied(ino)
             self._changed(ino)
         return self._opened(ino, flags, file)
 
@@ -353,7 +354,10 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:
         handle = self.files.get(fh)
-        count = await handle.file.write(off, buf)
+        file = handle.file
+        is_append = file.is_append and not self.view.is_mapped_write(handle.ino, off)
+        count = await file.write(off, buf, is_append=is_append)
+        self.view.grown(handle.ino, off + count)
         self._changed(handle.ino)
         return count
 

@@ -23,6 +23,8 @@ KERNEL_ROOT = 1
 BLOCK_SIZE_HINT = 128 << 10
 """st_blksize: what stdio and Python buffer, so the size of the writes of many programs. Each write(2)
 is one request to us, but a buffered reader that seeks about reads this much each time."""
+MAPPED_BYTES = 4096
+"""A page of the kernel's."""
 MAX_TOP_NAMES = 1 << 20
 """Names in the root directory that are remembered for `reset`; further ones are not cached."""
 
@@ -30,13 +32,15 @@ MAX_TOP_NAMES = 1 << 20
 class _Known:
     """An inode that the kernel holds a reference to."""
 
-    __slots__ = ("cache_s", "container", "lookups")
+    __slots__ = ("cache_s", "container", "lookups", "size")
 
     def __init__(self) -> None:
         self.lookups = 0
         self.container = -1
         """As of the last attributes that it was given; -1 none."""
         self.cache_s = 0.0
+        self.size = 0
+        """As the kernel has it: as it was last told, and its own writes."""
 
 
 class KernelView:
@@ -75,6 +79,24 @@ class KernelView:
         known = self._known.get(ino)
         return -1 if known is None else known.container
 
+    def is_mapped_write(self, ino: int, offset: int) -> bool:
+        """A write by a handle with O_APPEND that is not to the end: the kernel writes pages of shared
+        mappings back by any handle of the inode, and appends at the end as it knows it."""
+        known = self._known.get(ino)
+        return known is not None and offset < known.size and not offset % MAPPED_BYTES
+
+    def grown(self, ino: int, end: int) -> None:
+        """The kernel wrote up to `end`."""
+        known = self._known.get(ino)
+        if known is not None and end > known.size:
+            known.size = end
+
+    def emptied(self, ino: int) -> None:
+        """The kernel opened it with O_TRUNC."""
+        known = self._known.get(ino)
+        if known is not None:
+            known.size = 0
+
     # --- answers ------------------------------------------------------------------------------------
 
     def entry(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
@@ -111,6 +133,7 @@ class KernelView:
             known = self._known[attr.ino] = _Known()
         known.container = attr.container
         known.cache_s = attr.cache_s
+        known.size = attr.size
         return known
 
     def _entry_timeouts(self, attr: Attr, parent: int, name: bytes, since: int) -> tuple[float, float]:

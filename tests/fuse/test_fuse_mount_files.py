@@ -338,3 +338,20 @@ def test_a_large_file_survives_a_round_trip(here: Path) -> None:
             file.write(chunk)
     with (here / "big").open("rb") as file:
         assert hashlib.file_digest(file, "sha256").digest() == digest.digest()
+
+
+@pytest.mark.parametrize("size", [100, 3 * 4096, 2 * MIB + 5000])
+def test_mappings_of_a_file_opened_for_append(here: Path, size: int) -> None:
+    """The kernel writes mapped pages back by any handle, also one that appends."""
+    model = bytearray(pattern(size))
+    (here / "f").write_bytes(model)
+    with opened(here / "f", os.O_RDWR | os.O_APPEND) as descriptor:
+        for number in range(3):
+            with mmap.mmap(descriptor, 0) as memory:
+                at = len(model) * number // 3
+                memory[at : at + 20] = model[at : at + 20] = pattern(20, number)
+                memory.flush()
+            assert os.fstat(descriptor).st_size == len(model)
+            model += b"appended"
+            assert os.write(descriptor, b"appended") == 8
+            assert (here / "f").read_bytes() == model
