@@ -18,6 +18,11 @@ SOURCES := setup.cfg pyproject.toml constraints.txt scripts/install
 
 .PHONY: run test check bench mount-helper clean help
 
+# Moved or copied with its environment, which has the old path in it: install again.
+ifneq ($(filter-out $(CURDIR),$(shell cat $(VENV)/.place 2>/dev/null)),)
+.PHONY: $(VENV)/.installed-run $(VENV)/.installed-test
+endif
+
 run: $(VENV)/.installed-run
 	@mkdir -p -m 700 var && mkdir -p '$(MOUNT)' $(if $(findstring ://,$(UFS)),,'$(UFS)')
 	@exec $(BIN)/alluxiofuse local --ufs '$(UFS)' --mount '$(MOUNT)' --state '$(STATE)' --hints \
