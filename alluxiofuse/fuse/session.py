@@ -32,6 +32,8 @@ READ_AHEAD_BYTES = 4 << 20
 MAX_BACKGROUND = 64
 """Read-ahead requests that the kernel sends at once; its own default is 12."""
 FLUSH_TIMEOUT_S = 20.0
+GOODBYE_TIMEOUT_S = 3.0
+"""How long after an unmount the kernel may take to end the connection."""
 JOIN_TIMEOUT_S = 5.0
 _is_serving = False
 
@@ -156,8 +158,9 @@ class _Session:
         if self._ended.is_set():
             return
         if await self._try_umount(is_lazy=False):
-            # The kernel has said goodbye; whatever is left are requests already received.
-            with trio.move_on_after(FLUSH_TIMEOUT_S):
+            # The kernel has said goodbye; whatever is left are requests already received. Unless a
+            # copy of the mount lives on in another mount namespace (a container's): then never.
+            with trio.move_on_after(GOODBYE_TIMEOUT_S):
                 await self._ended.wait()
         if self._ended.is_set():
             return
@@ -165,7 +168,10 @@ class _Session:
             await self._operations.flush_all()
         if scope.cancelled_caught:
             log.error("files open for writing were not flushed in %.0f s", FLUSH_TIMEOUT_S)
-        self._is_detached = await self._try_umount(is_lazy=True)
+        if mountpoints.mount_at(self._mountpoint) is None:
+            self._is_detached = True
+        else:
+            self._is_detached = await self._try_umount(is_lazy=True)
         pyfuse3.terminate()
         with trio.move_on_after(FLUSH_TIMEOUT_S):
             await self._ended.wait()
