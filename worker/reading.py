@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 from collections import OrderedDict
@@ -203,18 +204,28 @@ class Reading:
             self._slabs.unpin(slab)
 
     def _send(self, slab: Slab, request: Read) -> Answer[ReadResult]:
-        """By sendfile; the slab stays pinned until it is sent."""
+        """By sendfile; the slab stays pinned until it is sent, and no writer makes it shorter."""
+        length = min(request.length, slab.size - request.offset)
+        fd = -1
         try:
             fd = os.dup(self._slabs.fds.for_reading(slab))
+            if os.fstat(fd).st_size < request.offset + length:
+                raise OSError(errno.EIO, "a slab's file is shorter than it should be")
         except OSError as exc:
+            if fd >= 0:
+                os.close(fd)
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         self._slabs.pin(slab)
+        slab.sends += 1
 
         def on_sent() -> None:
             os.close(fd)
+            slab.sends -= 1
+            if not slab.sends and slab.sent is not None:
+                slab.sent.set()
+                slab.sent = None
             self._slabs.unpin(slab)
 
-        length = min(request.length, slab.size - request.offset)
         self._slabs.counters["sent_bytes"] += length
         return Answer(ReadResult(0), FileRange(fd, request.offset, length, on_sent))
 

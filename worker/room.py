@@ -46,6 +46,7 @@ class Room:
         self._changed = trio.Event()
         self._waiting = 0
         self._pressed = trio.Event()
+        self._pressed.set()  # Quotas may be smaller than before.
         self._limiter = trio.CapacityLimiter(2)
         slabs.room_changed = self._on_change
         slabs.pressure = lambda: self._pressed.set()

@@ -12,6 +12,8 @@ from alluxiofuse.wire.types import BlockReport, UfsSource
 from alluxiofuse.wire.worker_ops import Presence
 
 if TYPE_CHECKING:
+    import trio
+
     from alluxiofuse.worker.fetcher import Job
     from alluxiofuse.worker.readahead import ReadAhead
     from alluxiofuse.worker.tiers import Directory
@@ -66,6 +68,8 @@ class Slab:
         "pins",
         "present",
         "reserved",
+        "sends",
+        "sent",
         "size",
         "source",
         "state",
@@ -95,6 +99,9 @@ class Slab:
         self.locks = 0
         """Lock objects that name this slab, and `pins`: short locks by work in progress."""
         self.pins = 0
+        self.sends = 0
+        """Parts of the file that are on their way to readers, and an event when that gets 0."""
+        self.sent: trio.Event | None = None
         self.reserved = 0
         """Bytes charged beyond the present pages: fetches under way; while WRITING, everything."""
         self.charged = 0

@@ -109,6 +109,15 @@ class Slabs(Accounts):
         slab.writers -= 1
         slab.dirty_pages |= dirty_pages
 
+    def write_again(self, lock: Lock, dirty_pages: int) -> None:
+        """Its seal failed, and nobody else writes: it is a writer's lock again, to be ended again."""
+        slab = lock.slab
+        if lock.id in self.locks and slab.state == WRITING:
+            lock.is_writer = True
+            slab.writers += 1
+            slab.writes += 1
+            slab.dirty_pages |= dirty_pages
+
     def pin(self, slab: Slab) -> None:
         """Like a lock, for work in progress."""
         slab.pins += 1

@@ -52,6 +52,11 @@ MIN_GRANT_BYTES = 1 << 20
 MAX_GRANT_BYTES = 64 << 20
 PATIENCE_S = 60.0
 """How long writers wait for room that uploads will make."""
+RESEAL_S = 1.0
+MAX_RESEAL_S = 60.0
+"""Before a seal that failed, and that nobody waits for, is tried again."""
+SEND_PATIENCE_S = 5.0
+"""How long who makes a file shorter waits for what readers are being sent of it."""
 _INLINE_BYTES = 1 << 20
 _SEAL_ATTEMPTS = 5
 """Checksums are computed again when the file changed under them: a writer that did not keep to the
@@ -348,26 +353,47 @@ class Writing:
             self._slabs.unpin(slab)
         return offset
 
-    def truncate(self, peer: Peer, request: Truncate) -> Nothing:
+    def truncate(self, peer: Peer, request: Truncate) -> Nothing | Awaitable[Nothing]:
         """Growing makes a hole and needs no room beyond the page in which it begins."""
         slab = self._writer(request.lock_id).slab
         if request.size > MAX_SLAB_BYTES:
             raise FsError(errno.EFBIG)
-        fd = self._fd(slab)
-        before = os.fstat(fd).st_size
-        if request.size > slab.granted_end:
-            # The page at the granted end will be a whole one.
-            end = min(request.size, page_end(slab.granted_end))
-            if not self._room.make_now(
-                slab.directory, round_up(end) - round_up(slab.granted_end)
-            ) or not self._slabs.grant(slab, end):
-                raise NoSpaceError("no room to make the file longer")
+        if slab.sends or not self._may_grow_to(slab, request.size):
+            return self._truncate_slowly(request)
+        return self._truncate_now(slab, request.size)
+
+    async def _truncate_slowly(self, request: Truncate) -> Nothing:
+        slab = self._writer(request.lock_id).slab
+        self._slabs.pin(slab)
         try:
-            os.ftruncate(fd, request.size)
+            with trio.move_on_after(SEND_PATIENCE_S):  # Who does not take it loses the connection.
+                while slab.sends:
+                    slab.sent = slab.sent or trio.Event()
+                    await slab.sent.wait()
+            deadline = trio.current_time() + PATIENCE_S
+            while slab.state == WRITING and not self._may_grow_to(slab, request.size):
+                await self._room.make(slab.directory, PAGE_BYTES, deadline - trio.current_time())
+            return self._truncate_now(self._writer(request.lock_id).slab, request.size)
+        finally:
+            self._slabs.unpin(slab)
+
+    def _may_grow_to(self, slab: Slab, size: int) -> bool:
+        """The page at the granted end will be a whole one."""
+        end = min(size, page_end(slab.granted_end))
+        needed = round_up(end) - round_up(slab.granted_end)
+        return end <= slab.granted_end or (
+            self._room.make_now(slab.directory, needed) and self._slabs.grant(slab, end)
+        )
+
+    def _truncate_now(self, slab: Slab, size: int) -> Nothing:
+        fd = self._fd(slab)
+        try:
+            before = os.fstat(fd).st_size
+            os.ftruncate(fd, size)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         slab.write_end = 0
-        slab.dirty_pages |= -1 << min(before, request.size) // PAGE_BYTES
+        slab.dirty_pages |= -1 << min(before, size) // PAGE_BYTES
         return NOTHING
 
     # --- EndWrite ---------------------------------------------------------------------------------
@@ -386,7 +412,11 @@ class Writing:
         pages = self._slabs.pages_to_seal(slab, found.st_size)
         if pages.bit_count() > 1 or slab.pins:
             return self._end_slowly(lock)
-        sums = checksums.page_checksums(fd, bits(pages), found.st_size)
+        try:
+            sums = checksums.page_checksums(fd, bits(pages), found.st_size)
+        except OSError as exc:
+            self._slabs.write_again(lock, pages)
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
         if any(checksums.is_zero(v, page_length(page, found.st_size)) for page, v in sums.items()):
             return self._end_slowly(lock)
         self._slabs.seal(slab, found.st_size, sums)
@@ -402,7 +432,8 @@ class Writing:
         return WriteEnd(slab.size, found.st_mtime_ns, True)
 
     async def _end_slowly(self, lock: Lock) -> WriteEnd:
-        """The seal goes on when the caller is cancelled."""
+        """The seal goes on when the caller is cancelled. When it fails, the lock is a writer's again:
+        the client may try again, or leave it to `_seal_orphan`."""
         if self._nursery is None:
             raise UnavailableError("the worker is stopping")
         outcome: list[WriteEnd | AlluxioFuseError] = []
@@ -414,6 +445,7 @@ class Writing:
                 lock.has_sealed = outcome[0].is_sealed  # type: ignore[union-attr]
             except AlluxioFuseError as exc:
                 outcome.append(exc)
+                self._slabs.write_again(lock, 0)
             finally:
                 done.set()
 
@@ -476,11 +508,17 @@ class Writing:
         return gate is not None and gate.is_punching
 
     async def _seal_orphan(self, slab: Slab) -> None:
-        try:
-            if (await self.seal(slab)).is_sealed:
-                self._slabs.report_orphan(slab)
-        except AlluxioFuseError as exc:
-            log.error("container %x can't be sealed: %s", slab.container, exc.message)
+        """Until it is sealed, or somebody else writes it. The caller holds a lock."""
+        delay_s = RESEAL_S
+        while slab.state == WRITING and not slab.writers and not slab.is_gone:
+            try:
+                if (await self.seal(slab)).is_sealed:
+                    self._slabs.report_orphan(slab)
+                    return
+            except AlluxioFuseError as exc:
+                log.error("container %x can't be sealed: %s", slab.container, exc.message)
+                await trio.sleep(delay_s)
+                delay_s = min(2 * delay_s, MAX_RESEAL_S)
 
     # --- SyncContainer ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -10,11 +11,24 @@ from typing import Any
 
 import pytest
 import trio
+import trio.testing
 from worker_world import MB, World, eventually, pattern, running, trio_test
 
+from alluxiofuse.errors import FsError
+from alluxiofuse.rpc.base import Answer, FileRange, Peer
+from alluxiofuse.rpc.filerange import read_range
 from alluxiofuse.rpc.inprocess import InProcess
-from alluxiofuse.wire.worker_ops import BeginWrite, Detach, EndWrite, Write, WriteEnd, WriteGrant
-from alluxiofuse.worker import checksums
+from alluxiofuse.wire.worker_ops import (
+    BeginWrite,
+    Detach,
+    EndWrite,
+    Read,
+    Truncate,
+    Write,
+    WriteEnd,
+    WriteGrant,
+)
+from alluxiofuse.worker import checksums, writing
 
 
 class Pause:
@@ -135,3 +149,100 @@ async def test_a_seal_that_the_client_could_not_commit_is_reported(tmp_path: Pat
         await world.client.call(Detach([grant.lock_id], True))
         await eventually(lambda: bool(world.master.seals), "the seal is reported")
         assert (world.master.seals[0].container, world.master.seals[0].size) == (75, 19)
+
+
+@trio_test
+async def test_a_seal_that_a_failing_disk_refused_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "failing disk")
+
+    async with running(tmp_path, session_grace_s=0.01) as world:
+        for size in (100, 3 * MB):  # Sealed at once, and in a thread.
+            grant, fd = await world.begin(80 + size, reserve=size)
+            os.pwrite(fd, pattern(size), 0)
+            os.close(fd)
+            with monkeypatch.context() as patch:
+                patch.setattr(checksums, "page_checksums", fail)
+                for _ in range(2):
+                    with pytest.raises(FsError, match="failing disk"):
+                        await world.client.call(EndWrite(grant.lock_id, None))
+            assert (await world.client.call(EndWrite(grant.lock_id, None))).is_sealed
+            await world.detach(grant.lock_id)
+            assert await world.read_all(80 + size, None, size) == pattern(size)
+
+
+@trio_test
+async def test_who_gives_up_a_seal_that_fails_leaves_it_to_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise OSError(errno.EIO, "failing disk")
+
+    monkeypatch.setattr(writing, "RESEAL_S", 0.01)
+    async with running(tmp_path, session_grace_s=0.01) as world:
+        grant, fd = await world.begin(90, reserve=3 * MB)
+        os.pwrite(fd, pattern(3 * MB), 0)
+        os.close(fd)
+        with monkeypatch.context() as patch:
+            patch.setattr(checksums, "page_checksums", fail)
+            with pytest.raises(FsError):
+                await world.client.call(EndWrite(grant.lock_id, None))
+            await world.detach(grant.lock_id)
+            await eventually(lambda: world.slabs.counters["storage_errors"] > 2, "it is tried again")
+        await eventually(lambda: bool(world.master.seals), "it is sealed")
+        assert world.master.seals[0].size == 3 * MB
+        assert await world.read_all(90, None, 3 * MB) == pattern(3 * MB)
+
+
+@trio_test
+async def test_making_shorter_what_is_being_sent(tmp_path: Path) -> None:
+    """The reader gets all that it was promised, whatever the writer does to the slab."""
+    size = 6 * MB
+    async with running(tmp_path) as world:
+        container, _ = await world.write_new(pattern(size))
+        reading = world.worker.service._running().reading
+        answer = reading.read(
+            Peer("slow", is_trusted=True, is_authenticated=True, can_pass_fds=False),
+            Read(6, container, size, None, 0, size),
+        )
+        assert isinstance(answer, Answer)
+        assert isinstance(answer.payload, FileRange)
+        grant, fd = await world.begin(3, container, size)
+        os.close(fd)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(world.client.call, Truncate(grant.lock_id, 10))
+            await trio.testing.wait_all_tasks_blocked()
+            assert await read_range(answer.payload) == pattern(size)
+            assert answer.payload.on_sent is not None
+            answer.payload.on_sent()
+        assert await world.read_all(3, None, 10) == pattern(size)[:10]
+        await world.client.call(EndWrite(grant.lock_id, None))
+        await world.detach(grant.lock_id)
+
+
+@trio_test
+async def test_a_slab_file_that_became_shorter_breaks_no_connection(tmp_path: Path) -> None:
+    async with running(tmp_path, check=False) as world:
+        container, end = await world.write_new(pattern(2 * MB))
+        os.truncate(world.slabs.path(world.slabs.by_container[container]), MB)
+        with pytest.raises(FsError, match="shorter"):
+            await world.client.exchange(Read(6, container, end.size, None, 0, end.size))
+        assert not world.client.is_closed
+
+
+@trio_test
+async def test_a_smaller_quota_than_before(tmp_path: Path) -> None:
+    path = tmp_path / "ssd"
+    async with running(tmp_path, {"SSD": [(path, 64 * MB)]}) as world:
+        sources = [world.ufs_file(f"f{n}", pattern(4 * MB, n)) for n in range(12)]
+        for number, source in enumerate(sources):
+            await world.read_all(number + 1, source)
+        dirty, _ = await world.write_new(pattern(3 * MB))
+    async with running(tmp_path, {"SSD": [(path, 20 * MB)]}) as world:
+        directory = world.slabs.tiers.directories[0]
+        await eventually(lambda: directory.used <= 20 * MB, "the rest is evicted")
+        assert await world.read_all(dirty, None, 3 * MB) == pattern(3 * MB)
+        for number, source in enumerate(sources):
+            assert await world.read_all(number + 1, source) == pattern(4 * MB, number)
