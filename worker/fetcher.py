@@ -18,6 +18,7 @@ import trio
 from alluxiofuse.errors import (
     AlluxioFuseError,
     ChecksumError,
+    NoSpaceError,
     StaleError,
     UfsChangedError,
     UfsUnavailableError,
@@ -126,10 +127,10 @@ class Fetcher:
         patience_s: float = 0.0,
         after_start: Callable[[], None] | None = None,
     ) -> None:
-        """Returns when the pages are present and verified. The caller holds a lock or pin.
-        `after_start` is called once the jobs are queued (to read ahead behind them). Errors:
-        NoSpaceError, UfsErrors, ChecksumError (a page of dirty content), StaleError (no source).
-        Cancelled: the jobs go on."""
+        """Returns when the pages are present and verified. The caller holds a lock or pin. Without
+        `patience_s` it is for a reader, who leaves room for writers. `after_start` is called once the
+        jobs are queued (to read ahead behind them). Errors: NoSpaceError, UfsErrors, ChecksumError (a
+        page of dirty content), StaleError (no source). Cancelled: the jobs go on."""
         wanted = span(first, count) & slab.all_pages
         while slab.state != WRITING and (missing := wanted & ~slab.verified):
             if self._nursery is None:
@@ -142,6 +143,8 @@ class Fetcher:
                     await self._mounts.storage(where.mount_id)
                     continue
                 cost = slab.cost_of(absent)
+                if not patience_s and slab.directory.reader_room < cost:
+                    raise NoSpaceError("open files hold as much of the tier as they may")
                 if slab.directory.available < cost:
                     await self._room.make(slab.directory, cost, patience_s)
                     continue
@@ -259,6 +262,8 @@ class Fetcher:
     def _start(self, slab: Slab, first: int, count: int, source: UfsSource, *, is_demand: bool) -> bool:
         """False: no room."""
         cost = slab.cost_of(span(first, count))
+        if not is_demand and slab.directory.reader_room < cost:
+            return False
         if self._nursery is None or not self._slabs.reserve(slab, cost):
             return False
         job = Job(slab, first, count, source, cost)

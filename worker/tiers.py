@@ -14,6 +14,9 @@ from alluxiofuse.wire.types import Tier
 if TYPE_CHECKING:
     from alluxiofuse.worker.slab import Slab
 
+WRITE_SHARE = 0.2
+"""Of a directory that takes new files: not to be filled by fetching for files that are open."""
+
 
 class Directory:
     """One storage directory of a tier."""
@@ -25,6 +28,8 @@ class Directory:
         self.tier = tier
         """Number of its tier, 0 is the fastest."""
         self.is_durable = is_durable
+        self.is_for_writing = True
+        """New files are written here: `Tiers` says so."""
         self.limit_bytes = quota_bytes
         """At most the quota; less while others fill the filesystem."""
         self.used = 0
@@ -47,6 +52,13 @@ class Directory:
         """What could be had by evicting all that may be evicted."""
         return self.available + self.evictable
 
+    @property
+    def reader_room(self) -> int:
+        """How much more may be fetched for files that are open: what they hold can't be evicted, and
+        the rest is left for new files, whose writers would get ENOSPC."""
+        kept = int(self.limit_bytes * WRITE_SHARE) if self.is_for_writing else 0
+        return self.reachable - kept
+
     def note_full(self) -> None:
         """The filesystem said ENOSPC below the quota: nothing more until `refit`."""
         self.limit_bytes = max(0, min(self.limit_bytes, self.used))
@@ -65,6 +77,9 @@ class Tiers:
     def __init__(self, aliases: list[str], directories: list[Directory]) -> None:
         self.aliases = aliases
         self.directories = directories
+        has_durable = any(d.is_durable for d in directories)
+        for directory in directories:
+            directory.is_for_writing = directory.is_durable == has_durable
         self._by_tier: list[list[Directory]] = [
             [d for d in directories if d.tier == number] for number in range(len(aliases))
         ]

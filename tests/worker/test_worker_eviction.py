@@ -9,7 +9,7 @@ import pytest
 import trio
 from worker_world import MB, World, eventually, make_config, pattern, running, trio_test
 
-from alluxiofuse.errors import UserError
+from alluxiofuse.errors import NoSpaceError, UserError
 from alluxiofuse.wire.types import CleanCommand
 from alluxiofuse.worker.recovery import open_storage
 from alluxiofuse.worker.slab import CLEAN
@@ -112,12 +112,12 @@ async def test_watermarks_in_the_background(tmp_path: Path) -> None:
 @trio_test
 async def test_big_container_loses_its_least_recent_blocks(tmp_path: Path) -> None:
     size = 130 * MB
-    async with running(tmp_path, {"SSD": [(tmp_path / "ssd", 140 * MB)]}, high_watermark=1.0) as world:
+    async with running(tmp_path, {"SSD": [(tmp_path / "ssd", 170 * MB)]}, high_watermark=1.0) as world:
         path = world.master.ufs / "big"
         with open(path, "wb") as file:  # noqa: ASYNC230
             for number in range(130):
                 file.write(number.to_bytes(4, "big") * (MB // 4))
-        source = world.ufs_file("other", pattern(20 * MB))
+        source = world.ufs_file("other", pattern(50 * MB))
         entry = path.stat()
         from alluxiofuse.ufs import registry
         from alluxiofuse.wire.types import UfsSource
@@ -136,6 +136,19 @@ async def test_big_container_loses_its_least_recent_blocks(tmp_path: Path) -> No
         assert slab.present == slab.block_pages(0) | slab.block_pages(2)
         await eventually(lambda: world.master.blocks[1].blocks == b"\x05", "the master knows")
         assert os.pread(fd, 4, 5 * MB) == (5).to_bytes(4, "big")
+        os.close(fd)
+
+
+@trio_test
+async def test_open_files_leave_room_for_new_ones(tmp_path: Path) -> None:
+    async with running(tmp_path, {"SSD": [(tmp_path / "ssd", 40 * MB)]}) as world:
+        source = world.ufs_file("big", pattern(38 * MB))
+        attached, fd = await world.attach(1, source)
+        await world.fetch(attached.lock_id, 0, 20 * MB)
+        with pytest.raises(NoSpaceError):
+            await world.fetch(attached.lock_id, 20 * MB, 18 * MB)
+        assert os.pread(fd, MB, 3 * MB) == pattern(38 * MB)[3 * MB : 4 * MB]
+        await world.write_new(pattern(7 * MB, 1))
         os.close(fd)
 
 
