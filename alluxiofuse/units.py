@@ -1,4 +1,4 @@
-"""Sizes and durations as people write them. Layer 0."""
+"""Sizes and durations as people write them, and the range of times. Layer 0."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from alluxiofuse.errors import UserError
 _SIZE = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*([KMGTP]?)(i?B?)\s*$", re.IGNORECASE)
 _SIZE_POWER = {"": 0, "K": 1, "M": 2, "G": 3, "T": 4, "P": 5}
 _DURATION = re.compile(r"^\s*(\d+(?:\.\d+)?)\s*(ms|s|m|min|h|d)\s*$")
+_MAX_NS = (1 << 63) - 1
 _DURATION_S = {"ms": 0.001, "s": 1.0, "m": 60.0, "min": 60.0, "h": 3600.0, "d": 86400.0}
 
 
@@ -30,6 +31,12 @@ def parse_duration(text: str) -> float:
     if not match:
         raise UserError(f"{text!r} is not a duration: write for instance 500ms, 30s or 5min")
     return float(match[1]) * _DURATION_S[match[2]]
+
+
+def clamp_ns(time_ns: int) -> int:
+    """Into what nanoseconds since 1970 can say in 64 bits (the years 1677 to 2262): as filesystems do
+    with times that they can't keep (utimensat(2))."""
+    return max(-_MAX_NS - 1, min(_MAX_NS, time_ns))
 
 
 def format_size(size_bytes: float) -> str:

@@ -9,7 +9,7 @@ import errno
 import stat
 
 from alluxiofuse.errors import FsError
-from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.ids import MAX_SYMLINK_BYTES, ROOT_INO
 from alluxiofuse.master import permissions
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.namespace import Namespace, check_name
@@ -17,6 +17,7 @@ from alluxiofuse.master.permissions import EXECUTE, WRITE, require
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Transaction
+from alluxiofuse.units import clamp_ns
 from alluxiofuse.wire.master_ops import (
     RENAME_NOREPLACE,
     Link,
@@ -33,6 +34,8 @@ from alluxiofuse.wire.master_ops import (
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import EVENT_ATTR, EVENT_ENTRY, Attr, Caller, Event
 
+NO_ID = 0xFFFF_FFFF
+"""(uid_t) -1, which chown(2) takes as "leave it": nobody's id."""
 _NODE_TYPES = (stat.S_IFREG, stat.S_IFIFO, stat.S_IFSOCK, stat.S_IFCHR, stat.S_IFBLK)
 
 
@@ -142,6 +145,8 @@ class Changes:
     def symlink(self, req: Symlink) -> Attr:
         if b"\0" in req.target:
             raise FsError(errno.EINVAL)
+        if len(req.target) > MAX_SYMLINK_BYTES:
+            raise FsError(errno.ENAMETOOLONG)
         tx = self._store.transaction()
         parent_record = self.free_place(tx, req.who, req.parent, req.name)
         record = self.new_record(req.who, parent_record, stat.S_IFLNK | 0o777)
@@ -315,6 +320,8 @@ class Changes:
         return self._namespace.attr(req.ino, record)
 
     def _chown(self, req: SetAttr, record: InodeRecord) -> None:
+        if NO_ID in (req.uid, req.gid):
+            raise FsError(errno.EINVAL)
         permissions.require_chown(req.who, record, req.uid, req.gid)
         if req.mode is None:  # else the caller's kernel has taken the bits into account
             record.mode = permissions.mode_after_chown(record.mode)
@@ -325,9 +332,9 @@ class Changes:
         only_now = req.atime_ns is None and req.mtime_ns is None
         permissions.require_utimens(req.who, record, only_now)
         if req.atime_now or req.atime_ns is not None:
-            record.atime_ns = now if req.atime_ns is None else req.atime_ns
+            record.atime_ns = now if req.atime_ns is None else clamp_ns(req.atime_ns)
         if req.mtime_now or req.mtime_ns is not None:
-            record.mtime_ns = now if req.mtime_ns is None else req.mtime_ns
+            record.mtime_ns = now if req.mtime_ns is None else clamp_ns(req.mtime_ns)
             if record.home:
                 record.mtime_set_at_ns = now
 

@@ -24,11 +24,13 @@ from alluxiofuse.master.events import Events
 from alluxiofuse.master.mount_tree import MountTree
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.namespace import Namespace
+from alluxiofuse.master.peers import as_peer
 from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.persister import Persister
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import u64
+from alluxiofuse.master.tree import OPEN
 from alluxiofuse.master.ufs_loader import UfsLoader
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.rpc.base import Buffer, Handler, Peer
@@ -152,6 +154,16 @@ class Management:
             if count < MAX_HURRIED:
                 self._parts.persister.hurry(ino)
             count += not stat.S_ISDIR(record.mode)
+        return count + self._count_written(top.ino)
+
+    def _count_written(self, top: int) -> int:
+        """Files at or below `top` that the persist log will hear of only when their writers close them."""
+        count = 0
+        for key, _ in self._store.scan("meta", OPEN):
+            ino = int.from_bytes(key, "big")
+            record = self._store.inode(ino)
+            if record is not None and self._store.get("persist", b"s" + key) is None:
+                count += bool(record.nlink) and self._is_below(ino, record, top)
         return count
 
     async def _sync_path(self, req: master_ops.SyncPath) -> Nothing:
@@ -264,13 +276,10 @@ def _split(path: bytes) -> tuple[bytes, bytes]:
 
 
 def _as_caller(function: Callable[[Any], Any]) -> Handler:
-    """Peers that are not trusted speak for themselves: as what they say, without any group."""
+    """Peers that are not trusted speak for themselves."""
 
     def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
-        if not peer.is_trusted:
-            uid = 65534 if peer.uid is None else peer.uid
-            request.who = Caller(uid, 65534, [])
-        return function(request)
+        return function(request if peer.is_trusted else as_peer(peer, request))
 
     return handle
 

@@ -8,12 +8,11 @@ import stat
 import trio
 
 from alluxiofuse.errors import FsError
-from alluxiofuse.ids import MAX_NAME_BYTES
 from alluxiofuse.master import places
 from alluxiofuse.master.containers import forget_container
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.mounts import MountTable
-from alluxiofuse.master.namespace import Namespace
+from alluxiofuse.master.namespace import Namespace, check_name
 from alluxiofuse.master.records import InodeRecord, MountRecord
 from alluxiofuse.master.store import Transaction, u64
 from alluxiofuse.master.workers import WorkerRegistry
@@ -23,6 +22,7 @@ from alluxiofuse.wire.types import EVENT_ATTR, EVENT_ENTRY, Event, MountInfo
 
 UNMOUNTED = b"unmounted"
 """meta: + ino of a directory whose metadata, with all below, is to be deleted."""
+MAX_INTERVAL_S = 1e9
 _INODES_PER_COMMIT = 500
 
 
@@ -41,8 +41,10 @@ class MountTree:
 
     async def mount(self, req: MountUfs, parent: int, name: bytes, child: int | None) -> MountInfo:
         """`child`: what is at `name` now. The store is probed first; nothing changes on an error."""
-        if len(name) > MAX_NAME_BYTES:
-            raise FsError(errno.ENAMETOOLONG)
+        check_name(name)
+        interval_s = req.sync_interval_s
+        if interval_s is not None and interval_s != -1 and not 0 <= interval_s <= MAX_INTERVAL_S:
+            raise FsError(errno.EINVAL, "the sync interval is no number of seconds, 0 (always) or -1 (never)")
         self._check_free(parent, child)
         storage = await trio.to_thread.run_sync(self._probe, req.uri, dict(req.options))
         try:

@@ -6,13 +6,10 @@ once, or with an awaitable when an under storage has to be asked first.
 
 from __future__ import annotations
 
-import os
-import pwd
 from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
-import msgspec
 import trio
 
 from alluxiofuse.errors import AuthError
@@ -20,15 +17,14 @@ from alluxiofuse.master.changes import Changes
 from alluxiofuse.master.content import Content
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.namespace import Namespace
+from alluxiofuse.master.peers import as_peer
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.master.xattrs import Xattrs
 from alluxiofuse.rpc.base import Buffer, Handler, Peer, Service
 from alluxiofuse.wire import master_ops
 from alluxiofuse.wire.messages import NOTHING, Nothing, Request, requests_of
-from alluxiofuse.wire.types import Caller, FsUsage, Layout
-
-NOBODY = Caller(65534, 65534, [])
+from alluxiofuse.wire.types import FsUsage, Layout
 
 
 class Persister(Protocol):
@@ -153,7 +149,7 @@ class MasterService(Service):
 
         def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
             if not peer.is_trusted:
-                request = _as_peer(peer, request)
+                request = as_peer(peer, request)
             return run(partial(function, request))
 
         return handle
@@ -213,8 +209,10 @@ class MasterService(Service):
 
 
 def _plain(function: Callable[[Any], Any]) -> Handler:
+    """What nobody is asked for, or a session of a trusted peer."""
+
     def handle(peer: Peer, request: Any, payload: Buffer) -> Any | Awaitable[Any]:
-        return function(request)
+        return function(request if peer.is_trusted else as_peer(peer, request))
 
     return handle
 
@@ -228,21 +226,3 @@ def _trusted_only(function: Callable[[Any], Any]) -> Handler:
         return function(request)
 
     return handle
-
-
-def _as_peer(peer: Peer, request: Any) -> Any:
-    """The request on behalf of the peer itself: one that is not trusted can't claim to be anybody else."""
-    if not hasattr(request, "who"):
-        return request
-    return msgspec.structs.replace(request, who=caller_of(peer))
-
-
-def caller_of(peer: Peer) -> Caller:
-    """A peer that is not trusted, with the groups that this machine's user database gives it."""
-    if peer.uid is None:
-        return NOBODY
-    try:
-        user = pwd.getpwuid(peer.uid)
-    except KeyError:
-        return Caller(peer.uid, NOBODY.gid, [])
-    return Caller(peer.uid, user.pw_gid, os.getgrouplist(user.pw_name, user.pw_gid))

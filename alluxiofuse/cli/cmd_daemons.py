@@ -9,6 +9,7 @@ import click
 
 from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.address import DEFAULT_MASTER, expand
+from alluxiofuse.cli.apart import check_apart
 from alluxiofuse.cli.cmd_local import absolute_uri
 from alluxiofuse.cli.fs_context import security_of
 from alluxiofuse.cli.lifecycle import Life, print_ready
@@ -76,6 +77,7 @@ def master(
         )
         if not config.master.state_dir:
             raise UserError("no state directory: give --state DIR")
+        check_apart(config.master.ufs, None, [("state directory", config.master.state_dir)])
     shared.set_up_logging(log_level)
     with StateDir(config.master.state_dir) as directory:
         config.master.state_dir = str(directory.master_directory)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import click
 
 from alluxiofuse.cli import options as shared
+from alluxiofuse.cli.apart import check_apart
 from alluxiofuse.cli.fs_context import security_of
 from alluxiofuse.cli.lifecycle import Life, print_ready, running
 from alluxiofuse.cli.outcome import complain, starting
@@ -113,6 +114,7 @@ def local(
         if address is not None and not isinstance(address, TcpAddress):
             raise UserError(f"--tcp {tcp}: write HOST:PORT")
         check_tiers(config.worker.tiers)
+        check_apart(config.master.ufs, mount, own_directories(config, config.master.state_dir))
         for note in mountpoint.prepare(mount, is_nonempty_allowed=parsed.is_nonempty_allowed):
             complain(note, "note")
     shared.set_up_logging(log_level)
@@ -128,6 +130,12 @@ def local(
                 say_hints(config.master.ufs, mount)
 
         Life().run(lambda life: _everything(plan, life), ready)
+
+
+def own_directories(config: Config, state: str) -> list[tuple[str, str]]:
+    """What is ours on disk: (what it is, directory)."""
+    tiers = [one.path for tier in config.worker.tiers for one in tier.directories]
+    return [("state directory", state), *(("tier directory", path) for path in tiers)]
 
 
 def absolute_uri(uri: str) -> str:

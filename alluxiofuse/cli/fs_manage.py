@@ -8,6 +8,7 @@ import click
 import trio
 
 from alluxiofuse.cli import options as shared
+from alluxiofuse.cli.address import master_address
 from alluxiofuse.cli.fs_context import FsContext, about, master_options, me, run, say, say_json, text_of
 from alluxiofuse.cli.fs_show import json_option
 from alluxiofuse.cli.outcome import complain
@@ -66,6 +67,7 @@ def mount_command(
     if path is not None and uri is not None:
         if "://" not in uri:
             uri = os.path.abspath(uri)
+        check_not_mounted_from(context, uri)
         found = shared.parse_ufs_options(options)
         request = ops.MountUfs(me(), context.path(path), uri, readonly, sync_interval, found)
 
@@ -83,6 +85,17 @@ def mount_command(
                 say(mount_line(one))
 
     run(work)
+
+
+def check_not_mounted_from(context: FsContext, uri: str) -> None:
+    """UserError when the under storage lies on a FUSE mount of the same master: it would wait for itself."""
+    from alluxiofuse.fuse.mountpoint import find_mount
+    from alluxiofuse.ufs.registry import local_directory
+
+    directory = local_directory(uri)
+    place = None if directory is None else find_mount(directory)
+    if place is not None and master_address(None, context.config, place.mount) == context.address:
+        raise UserError(f"{uri} is on a mount of this same master: name the place where its files really are")
 
 
 @click.command()
@@ -155,7 +168,9 @@ def load(context: FsContext, targets: tuple[str, ...], parallel: int) -> None:
 )
 @master_options
 def persist(context: FsContext, targets: tuple[str, ...], no_wait: bool, timeout: float | None) -> None:
-    """Write what is below PATH to the under storage now, and wait until it is there."""
+    """Write what is below PATH to the under storage now, and wait until it is there.
+
+    Files that are open for writing are waited for: they are persisted once they are closed."""
     wanted = [context.path(one) for one in targets]
 
     async def work() -> None:
@@ -177,6 +192,8 @@ async def persist_one(master: Connection, path: bytes, no_wait: bool) -> None:
         say(f"{left} file(s) of {text_of(path)} are being persisted")
         return
     told: set[str] = set()
+    if left:
+        await note_open(master, path)
     with count_bar(f"persist {text_of(path)}", total, "file") as advance:
         while left:
             await trio.sleep(POLL_S)
@@ -189,6 +206,13 @@ async def persist_one(master: Connection, path: bytes, no_wait: bool) -> None:
                         told.add(failure)
                         complain(failure, "warning")
     say(f"persisted {text_of(path)}")
+
+
+async def note_open(master: Connection, path: bytes) -> None:
+    """Say so when it is a file that is being waited for until somebody closes it."""
+    found = await master.call(ops.Locations(me(), path))
+    if found.layout.home:
+        complain(f"{text_of(path)} is open for writing: it is persisted once it is closed", "note")
 
 
 @click.command()

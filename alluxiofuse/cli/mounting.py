@@ -14,11 +14,13 @@ import trio
 
 from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.address import expand, master_address, split_source
-from alluxiofuse.cli.fs_context import security_of
+from alluxiofuse.cli.apart import check_apart
+from alluxiofuse.cli.fs_context import dial_master, security_of
 from alluxiofuse.cli.lifecycle import Life, print_ready, running
 from alluxiofuse.cli.outcome import complain
 from alluxiofuse.config import Config
 from alluxiofuse.errors import AlluxioFuseError, FsError, UserError
+from alluxiofuse.wire.master_ops import ListMounts
 
 if TYPE_CHECKING:
     from alluxiofuse.client.filesystem import FileSystem
@@ -98,10 +100,18 @@ async def _mounted(plan: MountPlan, life: Life) -> AsyncIterator[None]:
         config=plan.config.client,
         name=f"fuse {plan.directory}",
     ) as filesystem:
+        await _check_apart(plan)
         if plan.path:
             plan.options.root_ino = await _root_of(filesystem, b"/" + plan.path)
         async with fuse_session(filesystem, plan.directory, plan.options, life):
             yield
+
+
+async def _check_apart(plan: MountPlan) -> None:
+    """The mount point lies in none of the under storages that are directories of this machine."""
+    async with dial_master(plan.address, security_of(plan.config)) as master:
+        for found in await master.call(ListMounts()):
+            check_apart(found.uri, plan.directory, [])
 
 
 async def _root_of(filesystem: FileSystem, path: bytes) -> int:

@@ -22,6 +22,7 @@ from alluxiofuse.fuse.invalidation import Kernel
 from alluxiofuse.fuse.view import KernelView
 from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
 from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
+from alluxiofuse.units import clamp_ns
 from alluxiofuse.wire.master_ops import RENAME_NOREPLACE
 from alluxiofuse.wire.types import SUPERUSER, Attr, Caller
 
@@ -230,8 +231,8 @@ class Operations(pyfuse3.Operations):
             uid=attr.st_uid if fields.update_uid else None,
             gid=attr.st_gid if fields.update_gid else None,
             size=attr.st_size if fields.update_size else None,
-            atime_ns=attr.st_atime_ns if fields.update_atime else None,
-            mtime_ns=attr.st_mtime_ns if fields.update_mtime else None,
+            atime_ns=clamp_ns(attr.st_atime_ns) if fields.update_atime else None,
+            mtime_ns=clamp_ns(attr.st_mtime_ns) if fields.update_mtime else None,
             file=handle.file if handle and handle.is_writable else None,
         )
         answer = self.view.attributes(result, since)

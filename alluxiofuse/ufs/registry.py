@@ -70,6 +70,11 @@ def _open_local(uri: str, options: dict[str, str]) -> UnderStorage:
     return LocalUnderStorage(_directory_of(uri), is_synced=fsync == "true")
 
 
+def local_directory(uri: str) -> bytes | None:
+    """Which directory of this machine a URI names; None when it names something else. UserError."""
+    return _directory_of(uri) if scheme_of(uri) == "file" else None
+
+
 def _directory_of(uri: str) -> bytes:
     """Of `file:///dir` or of a plain path; both are taken as they stand, without % escapes."""
     if not uri.lower().startswith("file://"):

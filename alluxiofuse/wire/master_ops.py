@@ -466,7 +466,7 @@ class FreeResult(Message):
 
 class Persist(Request[U63]):
     """Start persisting a path (recursively) now; the number of files still to be persisted below
-    it. Poll it to wait."""
+    it, with those that are open for writing: they are persisted once they are closed. Poll it to wait."""
 
     OP: ClassVar[str] = "master.persist"
     who: Caller
