@@ -121,7 +121,7 @@ class Content:
         require(req.who, record, WRITE if req.for_write else READ)
 
     def create(self, req: Create) -> Created:
-        self._sessions.touch(req.session_id)
+        self._sessions.require_room(req.session_id)
         check_name(req.name)
         tx = self._store.transaction()
         parent_record = self._tree.directory(tx, req.parent)

@@ -6,12 +6,21 @@ Guarded by nothing: all calls come from the master's only thread, none awaits.
 
 from __future__ import annotations
 
+import errno
+import itertools
 from collections import Counter
 from dataclasses import dataclass, field
 
-from alluxiofuse.errors import SessionExpiredError
+from alluxiofuse.errors import FsError, SessionExpiredError, UnavailableError
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.store import Store
+
+MAX_SESSIONS = 10_000
+MAX_OPENS_PER_SESSION = 1 << 20
+"""As many as `OpenSession.open_inos` can bring back."""
+MAX_NAMES = 1000
+"""Sessions that a report names."""
+MAX_NAME_CHARS = 200
 
 
 @dataclass(slots=True)
@@ -23,6 +32,8 @@ class Session:
     """Of the monotonic clock: the last sign of life."""
     opens: Counter[int] = field(default_factory=Counter)
     """Inode -> how many open files."""
+    open_count: int = 0
+    """Sum of `opens`."""
     writes: dict[int, int] = field(default_factory=dict)
     """Inode -> container that this session began to write and has not seen sealed."""
     watch_count: int = 0
@@ -49,8 +60,11 @@ class Sessions:
 
     def open(self, client_name: str, hostname: str, session_id: int, open_inos: list[int]) -> Session:
         """A new session, or with `session_id` the one of that id. SessionExpiredError when that one
-        ended. `open_inos` (one item an open file) replaces what was known to be open."""
+        ended; UnavailableError when there are too many. `open_inos` (one item an open file) replaces
+        what was known to be open."""
         now = self._clock.monotonic()
+        if session_id not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
+            raise UnavailableError(f"{MAX_SESSIONS} clients are connected already: no more are taken")
         if session_id == 0:
             session_id = self._store.take_number(b"next_session")
         elif session_id not in self._sessions and not self._may_return(session_id):
@@ -93,14 +107,28 @@ class Sessions:
 
     def names(self) -> list[str]:
         """For people: "fuse /mnt/a @ host"."""
-        return [f"{s.client_name} @ {s.hostname}" for s in self._sessions.values()]
+        names = [
+            f"{s.client_name} @ {s.hostname}"[:MAX_NAME_CHARS]
+            for s in itertools.islice(self._sessions.values(), MAX_NAMES)
+        ]
+        more = len(self._sessions) - len(names)
+        return [*names, f"and {more} more"] if more else names
 
     # --- open files -------------------------------------------------------------------------------
 
     def add_open(self, session_id: int, ino: int) -> None:
-        """SessionExpiredError, nothing changed."""
-        self.touch(session_id).opens[ino] += 1
+        """SessionExpiredError, or EMFILE for one that holds far too many: nothing changed."""
+        session = self.require_room(session_id)
+        session.opens[ino] += 1
+        session.open_count += 1
         self._open_counts[ino] += 1
+
+    def require_room(self, session_id: int) -> Session:
+        """The session, which may open one more file. SessionExpiredError, EMFILE."""
+        session = self.touch(session_id)
+        if session.open_count >= MAX_OPENS_PER_SESSION:
+            raise FsError(errno.EMFILE)
+        return session
 
     def release(self, session_id: int, ino: int) -> bool:
         """Give one open back; True when nobody has the inode open any more. A session or an open
@@ -109,6 +137,7 @@ class Sessions:
         if session is None or session.opens[ino] <= 0:
             return False
         session.opens[ino] -= 1
+        session.open_count -= 1
         if not session.opens[ino]:
             del session.opens[ino]
         self._open_counts[ino] -= 1
@@ -144,6 +173,7 @@ class Sessions:
 
     def _set_opens(self, session: Session, opens: Counter[int]) -> None:
         old, session.opens = session.opens, opens
+        session.open_count = opens.total()
         self._open_counts.update(opens)
         self._open_counts.subtract(old)
         self._sweep(old)

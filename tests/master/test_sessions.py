@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,9 @@ import trio
 from namespace_world import KERNEL, World
 from trio.testing import MockClock
 
-from alluxiofuse.errors import SessionExpiredError
+from alluxiofuse.errors import FsError, SessionExpiredError, UnavailableError
 from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.master import sessions
 from alluxiofuse.wire.master_ops import Create, Open, Release, Unlink
 
 
@@ -114,5 +116,40 @@ def test_a_reconnect_tells_exactly_what_is_open(tmp_path: Path) -> None:
         assert not world.sessions.release(session, two)
         assert world.sessions.release(session, two)
         assert not world.sessions.release(session, two), "a release too many"
+
+    run(tmp_path, test)
+
+
+def test_sessions_and_opens_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that opens and never gives back gets an error; others go on, and it too once it does."""
+    monkeypatch.setattr(sessions, "MAX_SESSIONS", 3)
+    monkeypatch.setattr(sessions, "MAX_OPENS_PER_SESSION", 4)
+    monkeypatch.setattr(sessions, "MAX_NAMES", 2)
+
+    async def test(world: World) -> None:
+        one, two, three = world.session(), world.session(), world.session()
+        with pytest.raises(UnavailableError, match="3 clients"):
+            world.session()
+        assert world.sessions.names() == ["test @ here", "test @ here", "and 1 more"]
+        assert world.sessions.open("test", "here", one, []).session_id == one, "it is there already"
+        world.content.end_session(three)
+        world.session()
+
+        ino = make(world, one, b"f")
+        for _ in range(3):
+            world.content.open(Open(KERNEL, one, ino, False))
+        for operation in (
+            lambda: world.content.open(Open(KERNEL, one, ino, False)),
+            lambda: make(world, one, b"g"),
+        ):
+            with pytest.raises(FsError) as caught:
+                operation()
+            assert caught.value.errno == errno.EMFILE
+        assert world.store.child(ROOT_INO, b"g") is None
+        make(world, two, b"h")
+        world.content.release(Release(one, [ino, ino]))
+        make(world, one, b"g")
+        world.content.release(Release(one, [ino] * 10))
+        assert not world.sessions.is_open(ino)
 
     run(tmp_path, test)
