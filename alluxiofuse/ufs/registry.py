@@ -36,6 +36,7 @@ def open_ufs(uri: str, options: dict[str, str]) -> UnderStorage:
     UserError of one line for an unknown scheme, an unknown option or a bad value; UfsPermissionError
     where a library finds no usable credentials."""
     scheme = scheme_of(uri)
+    _check_no_credentials(uri)
     opener = _OPENERS.get(scheme) or _foreign(scheme)
     if opener is None:
         known = ", ".join(f"{name}://" for name in known_schemes())
@@ -72,7 +73,18 @@ def _open_local(uri: str, options: dict[str, str]) -> UnderStorage:
 
 def local_directory(uri: str) -> bytes | None:
     """Which directory of this machine a URI names; None when it names something else. UserError."""
+    _check_no_credentials(uri)
     return _directory_of(uri) if scheme_of(uri) == "file" else None
+
+
+def _check_no_credentials(uri: str) -> None:
+    """URIs are shown, logged and kept in plain sight. UserError that does not repeat it."""
+    scheme = scheme_of(uri)
+    if scheme != "file" and "@" in uri.partition("://")[2].partition("/")[0]:
+        raise UserError(
+            f"the {scheme}:// URI holds credentials: leave them out, and use the store's environment "
+            "variables or --option NAME=@FILE"
+        )
 
 
 def _directory_of(uri: str) -> bytes:
