@@ -17,12 +17,21 @@ from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab, ro
 from alluxiofuse.worker.tiers import Directory, Tiers
 
 
-def writing_charge(slab: Slab, granted_end: int) -> int:
-    """What a complete slab costs while it is open for writing below `granted_end`. When that is less
-    than its size (a sparse file, not all of which would fit), its data counts besides."""
-    if granted_end >= slab.size:
-        return round_up(granted_end)
-    return (slab.present & ~slab.zeros).bit_count() * PAGE_BYTES + round_up(granted_end)
+def joined(granted_end: int, islands: int) -> tuple[int, int]:
+    """The granted end moved behind the granted pages that follow it without a gap, and the rest."""
+    page = granted_end // PAGE_BYTES
+    rest = islands >> page
+    run = (~rest & (rest + 1)).bit_length() - 1
+    if run:
+        granted_end = (page + run) * PAGE_BYTES
+    return granted_end, rest >> run << (page + run)
+
+
+def writing_charge(granted_end: int, islands: int) -> int:
+    """What a slab costs while it is open for writing below `granted_end` and in `islands`. What it
+    costs once it is sealed is never more, as long as the page in which the granted end lies is the
+    file's last."""
+    return round_up(granted_end) + islands.bit_count() * PAGE_BYTES
 
 
 class Accounts:

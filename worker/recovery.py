@@ -13,8 +13,9 @@ from pathlib import Path
 
 from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
-from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
+from alluxiofuse.ids import page_count, page_length
 from alluxiofuse.worker import layout
+from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import data_pages, is_zero
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.layout import Marker, slab_path
@@ -185,8 +186,7 @@ def _slab(index: Index, container: int, record: SlabRecord, directory: Directory
 
 
 def _recover_writing(slab: Slab, path: str) -> None:
-    """The file is the truth. When it has holes, nothing below its end is granted: its data is charged,
-    and who goes on writing reserves anew."""
+    """The file is the truth: what has data is charged and granted."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         size = os.fstat(fd).st_size
@@ -197,4 +197,5 @@ def _recover_writing(slab: Slab, path: str) -> None:
     if data == (1 << page_count(size)) - 1:
         slab.granted_end, slab.reserved = size, round_up(size)
     else:
-        slab.granted_end, slab.reserved = 0, data.bit_count() * PAGE_BYTES
+        slab.granted_end, slab.islands = joined(0, data)
+        slab.reserved = writing_charge(slab.granted_end, slab.islands)

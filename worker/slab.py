@@ -63,6 +63,7 @@ class Slab:
         "inflight",
         "is_gone",
         "is_moving",
+        "islands",
         "jobs",
         "locks",
         "pins",
@@ -124,6 +125,9 @@ class Slab:
         """Times a writer began: a seal that was prepared before it is void."""
         self.granted_end = 0
         """While WRITING: writers may write below this offset."""
+        self.islands = 0
+        """While WRITING: pages beyond the granted end that writers may write to; what lies between
+        are holes, which cost nothing."""
         self.write_end = 0
         """While WRITING: end of appends that are on their way to the file."""
         self.dirty_pages = 0

@@ -22,7 +22,7 @@ from alluxiofuse.errors import StaleError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.wire.types import BlockReport, OrphanSeal
 from alluxiofuse.worker import checksums
-from alluxiofuse.worker.accounts import Accounts, writing_charge
+from alluxiofuse.worker.accounts import Accounts, joined, writing_charge
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits, is_zero, mask_runs
 from alluxiofuse.worker.fds import Descriptors
 from alluxiofuse.worker.index import Index, SlabRecord
@@ -37,7 +37,6 @@ from alluxiofuse.worker.slab import (
     WRITING,
     Lock,
     Slab,
-    round_up,
 )
 from alluxiofuse.worker.tiers import Directory, Tiers
 
@@ -286,10 +285,10 @@ class Slabs(Accounts):
         self.changed[container] = None
         return slab
 
-    def begin_writing(self, slab: Slab, container: int, granted_end: int) -> None:
+    def begin_writing(self, slab: Slab, container: int, granted_end: int, islands: int) -> None:
         """A sealed slab of which all pages are present becomes container `container`, open for
-        writing below `granted_end`, for which there is room. A crash at any point leaves the old
-        container or the new one."""
+        writing below `granted_end` and in `islands`, for which there is room. A crash at any point
+        leaves the old container or the new one."""
         assert slab.state != WRITING
         assert slab.present == slab.all_pages
         assert not slab.jobs
@@ -317,19 +316,20 @@ class Slabs(Accounts):
         slab.source = None
         slab.free_mode = FREE_NO
         slab.dirty_pages = 0
-        slab.granted_end = granted_end
-        slab.reserved = writing_charge(slab, granted_end)
+        slab.granted_end, slab.islands = granted_end, islands
+        slab.reserved = writing_charge(granted_end, islands)
         self.by_container[container] = slab
         self.account(slab)
         self.changed[old] = self.changed[container] = None
 
-    def grant(self, slab: Slab, end: int) -> bool:
-        """Room to write below `end`, when it is there; nothing is evicted."""
-        if end <= slab.granted_end:
-            return True
-        if not self.reserve(slab, round_up(end) - round_up(slab.granted_end)):
+    def grant(self, slab: Slab, end: int, pages: int = 0) -> bool:
+        """Room to write below `end` and in `pages`, when it is there; nothing is evicted."""
+        granted_end, islands = joined(max(end, slab.granted_end), slab.islands | pages)
+        extra = writing_charge(granted_end, islands) - slab.reserved
+        if extra > max(0, slab.directory.available):
             return False
-        slab.granted_end = end
+        slab.granted_end, slab.islands = granted_end, islands
+        self.unreserve(slab, -extra)
         return True
 
     def pages_to_seal(self, slab: Slab, size: int) -> int:
@@ -368,7 +368,7 @@ class Slabs(Accounts):
         last = after - 1
         if last in sums and is_zero(sums[last], page_length(last, size)):
             slab.zeros |= 1 << last
-        slab.dirty_pages = slab.reserved = slab.granted_end = slab.write_end = 0
+        slab.dirty_pages = slab.reserved = slab.granted_end = slab.islands = slab.write_end = 0
         batch.put(slab.container, self._record(slab))
         self.index.commit(batch)
         self.account(slab)

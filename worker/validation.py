@@ -7,6 +7,7 @@ from pathlib import Path
 
 from alluxiofuse.errors import StateError
 from alluxiofuse.ids import page_length
+from alluxiofuse.worker.accounts import writing_charge
 from alluxiofuse.worker.checksums import bits, is_zero, mask_of, page_checksums
 from alluxiofuse.worker.layout import stored_slabs
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab
@@ -75,6 +76,8 @@ def _check_slab(slabs: Slabs, slab: Slab, with_bytes: bool) -> None:
     name = f"{slab.container:x}"
     cost = 0 if slab.state == WRITING else slab.cost_of(slab.present)
     _same(f"charge of {name}", slab.charged, slab.reserved + cost)
+    if slab.state == WRITING:
+        _same(f"grants of {name}", slab.reserved, writing_charge(slab.granted_end, slab.islands))
     if slab.pins == 0 and slab.state != WRITING:
         _same(f"reservation of {name}", slab.reserved, 0)
     is_evictable = slab.state == CLEAN and slab.is_idle and not slab.is_moving

@@ -38,7 +38,7 @@ from alluxiofuse.wire.worker_ops import (
     WriteGrant,
 )
 from alluxiofuse.worker import checksums
-from alluxiofuse.worker.accounts import writing_charge
+from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.leases import Leases
@@ -50,6 +50,8 @@ log = logging.getLogger(__name__)
 
 MIN_GRANT_BYTES = 1 << 20
 MAX_GRANT_BYTES = 64 << 20
+MAX_GAP_BYTES = 1 << 20
+"""A write further behind what is granted leaves a hole that costs nothing."""
 PATIENCE_S = 60.0
 """How long writers wait for room that uploads will make."""
 RESEAL_S = 1.0
@@ -119,12 +121,13 @@ class Writing:
     def _may_join(self, slab: Slab, request: BeginWrite) -> bool:
         if slab.state != WRITING:
             raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
-        return self._grow_now(slab, self._wanted_end(slab, request))
+        return self._grow_now(slab, 0, self._wanted_end(slab, request))
 
     def _wanted_end(self, slab: Slab, request: BeginWrite) -> int:
-        if not request.reserve_bytes:
-            return slab.granted_end
-        return os.fstat(self._fd(slab)).st_size + request.reserve_bytes
+        size = os.fstat(self._fd(slab)).st_size
+        if not request.reserve_bytes or size > slab.granted_end:
+            return slab.granted_end  # Of a sparse file each write reserves what it needs.
+        return size + request.reserve_bytes
 
     def _create_now(self, container: int, reserve_bytes: int) -> Slab | None:
         """A new empty slab in the best directory that has room now."""
@@ -162,7 +165,7 @@ class Writing:
             elif slab is None:
                 slab = await self._create_patiently(request)
             elif not self._may_join(slab, request):
-                await self._grow(slab, self._wanted_end(slab, request))
+                await self._grow(slab, 0, self._wanted_end(slab, request))
             if slab.state != WRITING:
                 raise StaleError(f"container {slab.container:x} is sealed: begin a new one at the master")
             return self._grant(peer, request, slab)
@@ -193,10 +196,10 @@ class Writing:
             raise StaleError(f"container {request.old_container:x} is here no more")
         self._slabs.pin(old)
         try:
-            while (end := await self._ready_end(old, request)) < 0:
+            while (granted := await self._ready(old, request)) is None:
                 if old.state == WRITING:
                     raise StaleError(f"container {request.old_container:x} has become another one")
-            self._slabs.begin_writing(old, request.container, end)
+            self._slabs.begin_writing(old, request.container, *granted)
             return old
         except OSError as exc:
             raise storage_error(exc, old.directory, self._slabs.counters) from None
@@ -220,30 +223,27 @@ class Writing:
             if target.is_durable:
                 await self._room.move(slab, target)
 
-    async def _ready_end(self, old: Slab, request: BeginWrite) -> int:
-        """One step towards a slab that can become another container: -1, or the end to be granted
-        when nothing is left to do (then no await has happened since)."""
+    async def _ready(self, old: Slab, request: BeginWrite) -> tuple[int, int] | None:
+        """One step towards a slab that can become another container: None, or the end and the pages
+        to be granted when nothing is left to do (then no await has happened since)."""
         if old.state == WRITING:
-            return -1
+            return None
         if old.upload is not None:
             await old.upload.stop()
-            return -1
+            return None
         if old.verified != old.all_pages:
             source = request.source or old.source
             await self._fetcher.fetch(old, 0, old.page_count, source=source, patience_s=PATIENCE_S)
-            return -1
+            return None
         if old.jobs:
             await self._fetcher.settle(old)
-            return -1
-        # A sparse file for whose holes there is no room is granted nothing below its end yet.
-        for end in (
-            (old.size + request.reserve_bytes, 0) if old.zeros else (old.size + request.reserve_bytes,)
-        ):
-            extra = writing_charge(old, end) - old.charged
-            if extra <= max(0, old.directory.available):
-                return end
+            return None
+        granted = joined(0, old.present & ~old.zeros) if old.zeros else (old.size + request.reserve_bytes, 0)
+        extra = writing_charge(*granted) - old.charged
+        if extra <= max(0, old.directory.available):
+            return granted
         await self._room.make(old.directory, extra, PATIENCE_S)
-        return -1
+        return None
 
     def _grant(self, peer: Peer, request: BeginWrite, slab: Slab) -> Answer[WriteGrant]:
         lock = self._writer_of(slab, request.session_id)
@@ -267,13 +267,15 @@ class Writing:
 
     # --- room -------------------------------------------------------------------------------------
 
-    def _grow_now(self, slab: Slab, end: int) -> bool:
-        """Grant up to `end` and generously beyond, within what is free now."""
+    def _grow_now(self, slab: Slab, start: int, end: int) -> bool:
+        """Grant [start, end), and generously beyond, within what is free now."""
         if end <= slab.granted_end:
             return True
         if end > MAX_SLAB_BYTES:
             raise FsError(errno.EFBIG)
-        is_inside = end < os.fstat(self._fd(slab)).st_size
+        if start > slab.granted_end + MAX_GAP_BYTES:
+            return self._grow_island(slab, pages_of(start, end - start))
+        is_inside = self._is_inside(slab, end)
         if is_inside:
             end = page_end(end)  # the last page that is granted is a whole one
         generous = round_up(end + max(MIN_GRANT_BYTES, min(end, MAX_GRANT_BYTES)))
@@ -281,31 +283,63 @@ class Writing:
         granted = min(generous, free)
         if is_inside:
             granted -= granted % PAGE_BYTES
-        return granted >= end and self._slabs.grant(slab, granted)
+        return (granted >= end and self._slabs.grant(slab, granted)) or self._slabs.grant(slab, end)
 
-    async def _grow(self, slab: Slab, end: int) -> None:
+    def _is_inside(self, slab: Slab, end: int) -> bool:
+        """The file has, or may get, bytes beyond: each page with data in it will be charged whole."""
+        return bool(slab.islands) or end < os.fstat(self._fd(slab)).st_size
+
+    def _grow_island(self, slab: Slab, pages: range) -> bool:
+        """Far behind what is granted: these pages alone, and more the longer the run that they end."""
+        wanted = span(pages.start, len(pages))
+        if not wanted & ~slab.islands:
+            return True
+        below = (1 << pages.start) - 1
+        run = pages.start - (~slab.islands & below).bit_length()
+        generous = span(pages.start, len(pages) + min(run, MAX_GRANT_BYTES // PAGE_BYTES))
+        end = page_end(slab.granted_end)  # the file will go on behind that page
+        return self._slabs.grant(slab, end, generous) or self._slabs.grant(slab, end, wanted)
+
+    def _needed(self, slab: Slab, start: int, end: int) -> int:
+        """What granting [start, end) costs at least."""
+        if start > slab.granted_end + MAX_GAP_BYTES:
+            pages = pages_of(start, end - start)
+            granted = joined(page_end(slab.granted_end), slab.islands | span(pages.start, len(pages)))
+        else:
+            end = page_end(end) if self._is_inside(slab, end) else end
+            granted = joined(max(end, slab.granted_end), slab.islands)
+        return max(0, writing_charge(*granted) - slab.reserved)
+
+    async def _grow(self, slab: Slab, start: int, end: int) -> None:
         self._slabs.pin(slab)
         try:
             deadline = trio.current_time() + PATIENCE_S
-            while slab.state == WRITING and not self._grow_now(slab, end):
-                is_inside = end < os.fstat(self._fd(slab)).st_size
-                wanted = page_end(end) if is_inside else round_up(end)
-                needed = wanted - round_up(slab.granted_end)
+            while slab.state == WRITING and not self._grow_now(slab, start, end):
+                needed = self._needed(slab, start, end)
                 await self._room.make(slab.directory, needed, deadline - trio.current_time())
         finally:
             self._slabs.unpin(slab)
 
     def reserve(self, peer: Peer, request: Reserve) -> Reserved | Awaitable[Reserved]:
         slab = self._writer(request.lock_id).slab
-        if self._grow_now(slab, request.end):
-            return Reserved(slab.granted_end)
+        if self._grow_now(slab, request.start, request.end):
+            return self._reserved(slab, request)
         return self._reserve_slowly(request)
 
     async def _reserve_slowly(self, request: Reserve) -> Reserved:
         slab = self._writer(request.lock_id).slab
-        await self._grow(slab, request.end)
+        await self._grow(slab, request.start, request.end)
         self._writer(request.lock_id)
-        return Reserved(slab.granted_end)
+        return self._reserved(slab, request)
+
+    @staticmethod
+    def _reserved(slab: Slab, request: Reserve) -> Reserved:
+        if request.end <= slab.granted_end:
+            return Reserved(slab.granted_end)
+        first = request.start // PAGE_BYTES
+        rest = slab.islands >> first
+        run = (~rest & (rest + 1)).bit_length() - 1
+        return Reserved((first + run) * PAGE_BYTES, first * PAGE_BYTES)
 
     # --- writing through the worker ---------------------------------------------------------------
 
@@ -321,7 +355,7 @@ class Writing:
             return offset
         end = offset + length
         slab.write_end = max(slab.write_end, end) if request.append else slab.write_end
-        if length > _INLINE_BYTES or not self._grow_now(slab, end):
+        if length > _INLINE_BYTES or not self._grow_now(slab, offset, end):
             return self._write_slowly(request.lock_id, offset, bytes(payload))
         touched = pages_of(offset, length)
         slab.dirty_pages |= span(touched.start, len(touched))
@@ -335,7 +369,7 @@ class Writing:
         slab = self._writer(lock_id).slab
         self._slabs.pin(slab)
         try:
-            await self._grow(slab, offset + len(data))
+            await self._grow(slab, offset, offset + len(data))
             self._writer(lock_id)
             touched = pages_of(offset, len(data))
             slab.dirty_pages |= span(touched.start, len(touched))

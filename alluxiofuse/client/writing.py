@@ -43,6 +43,7 @@ R = TypeVar("R")
 
 INLINE_WRITE_BYTES = 128 << 10
 """Larger writes to a disk tier go to a thread: the kernel may make them wait."""
+MAX_ISLANDS = 16
 MAX_DIRTY_PAGES = 1 << 20
 """Pages that the bitmap tells apart; beyond (1 TiB) all count as changed."""
 _RETRY_S = 0.1
@@ -76,6 +77,8 @@ class Writing:
         self._size = 0 if is_empty else layout.base_size
         """Where there is no descriptor: as far as this client knows."""
         self._granted_end = 0
+        self._islands: list[tuple[int, int]] = []
+        """[start, end) beyond the granted end that may be written too, the latest last; some."""
         self._dirty: bytearray | None = bytearray()
         """Bitmap of pages that were changed; None: too many to say."""
         self._busy_count = 0
@@ -171,7 +174,7 @@ class Writing:
                 )
         self.slab = slab
         self._size = grant.size
-        self._granted_end = grant.granted_end
+        self._granted_end, self._islands = grant.granted_end, []
 
     async def _good_slab(self) -> Slab:
         """The slab under a lock that holds: begun again when the connection broke (same container)."""
@@ -293,7 +296,7 @@ class Writing:
         if fd >= 0 and slab.is_good and (length <= INLINE_WRITE_BYTES or not slab.is_durable):
             if is_append:
                 offset = os.fstat(fd).st_size
-            if offset + length <= self._granted_end:
+            if self._may_write(offset, offset + length):
                 return self._write_now(fd, offset, data, is_append)
         self._busy_count += 1
         try:
@@ -321,7 +324,7 @@ class Writing:
             return await self._write_remote(offset, data, length, is_append)
         if is_append:
             offset = os.fstat(slab.fd).st_size
-        if offset + length > self._granted_end:
+        if not self._may_write(offset, offset + length):
             length = await self._reserve(offset, length)
             data = memoryview(data)[:length]
             slab = await self._good_slab()
@@ -351,8 +354,17 @@ class Writing:
             if self._granted_end > offset:
                 return min(length, self._granted_end - offset)
             raise
-        self._granted_end = max(self._granted_end, reserved.granted_end)
+        if reserved.granted_start:
+            self._islands = [
+                *self._islands[1 - MAX_ISLANDS :],
+                (reserved.granted_start, reserved.granted_end),
+            ]
+        else:
+            self._granted_end = max(self._granted_end, reserved.granted_end)
         return length
+
+    def _may_write(self, start: int, end: int) -> bool:
+        return end <= self._granted_end or any(one[0] <= start and end <= one[1] for one in self._islands)
 
     async def _write_remote(self, offset: int, data: Buffer, length: int, is_append: bool) -> int:
         view = memoryview(data).cast("B") if length else memoryview(b"")

@@ -135,6 +135,9 @@ class Reserve(Request["Reserved"]):
 class Reserved(Message):
     granted_end: Size
     """>= the end that was asked for; may be generous."""
+    granted_start: Size = 0
+    """0: everything below `granted_end` may be written; else, besides what was granted before, what
+    lies between the two (a write far behind what was granted before, into a sparse file)."""
 
 
 class Write(Request[Size]):
