@@ -7,6 +7,7 @@ time for each directory or name. Owned by the master's thread; nothing durable i
 from __future__ import annotations
 
 import logging
+import math
 import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -15,7 +16,7 @@ from typing import TypeVar
 
 import trio
 
-from alluxiofuse.errors import StaleError, UfsError, UfsNotFoundError
+from alluxiofuse.errors import StaleError, UfsError, UfsNotFoundError, UfsUnavailableError
 from alluxiofuse.ids import DEFAULT_BLOCK_BYTES, ROOT_INO
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
@@ -40,7 +41,15 @@ FOREVER_S = 3600.0
 """cache_s where metadata is never compared again."""
 UNREACHABLE_S = 2.0
 """After a failed comparison what is known is served without asking, for this long."""
+KNOWN_PATIENCE_S = 5.0
+"""How long a comparison may take before what is known is served."""
+SILENT_S = 30.0
+"""As `UNREACHABLE_S`, after one that was given up: the next one is likely to take as long."""
 _MAX_MOVES = 10
+
+
+class _SilentStore(UfsUnavailableError):
+    pass
 
 
 class UfsLoader:
@@ -219,7 +228,7 @@ class UfsLoader:
             return
         token = self._recent.watch()
         try:
-            entry = await self._ask(record.mount_id, lambda storage: storage.stat(path))
+            entry = await self._ask(record.mount_id, lambda storage: storage.stat(path), is_known=True)
             self._comparer.meet(record.parent, record.name, ino, entry, token, force)
         except UfsNotFoundError:
             self._comparer.vanish(ino, path, token)
@@ -237,7 +246,9 @@ class UfsLoader:
         path = places.join(base, name)
         token = self._recent.watch()
         try:
-            entry = await self._ask(record.mount_id, lambda storage: storage.stat(path))
+            entry = await self._ask(
+                record.mount_id, lambda storage: storage.stat(path), is_known=record.is_loaded
+            )
             now = self._store.inode(parent)
             if now is not None and self._base(parent, now) == base:
                 self._comparer.apply(parent, base, [entry], token)
@@ -290,7 +301,8 @@ class UfsLoader:
         """False: it was moved meanwhile."""
         fingerprint = b""
         if self._mounts.capabilities(record.mount_id).has_directories:
-            fingerprint = (await self._ask(record.mount_id, lambda s: s.stat(base))).fingerprint
+            seen_now = await self._ask(record.mount_id, lambda s: s.stat(base), is_known=record.is_loaded)
+            fingerprint = seen_now.fingerprint
             is_same = bool(fingerprint) and fingerprint == record.listing_fingerprint
             if record.is_loaded and is_same and names_only:
                 _remember(self._asked, ino, (self._asked.get(ino, (0, 0))[0], 0))
@@ -300,7 +312,7 @@ class UfsLoader:
         seen: set[bytes] = set()
         next_token: str | None = None
         while True:
-            page = await self._ask(record.mount_id, _lister(base, next_token))
+            page = await self._ask(record.mount_id, _lister(base, next_token), is_known=record.is_loaded)
             if not await self._apply(ino, base, page.entries, token):
                 return self._store.inode(ino) is None
             seen.update(entry.path.rpartition(b"/")[2] for entry in page.entries)
@@ -388,12 +400,17 @@ class UfsLoader:
 
     def _failed(self, mount_id: int, exc: UfsError) -> None:
         self.failed_count += 1
-        self._unreachable_until_s[mount_id] = self._clock.monotonic() + UNREACHABLE_S
+        pause_s = SILENT_S if isinstance(exc, _SilentStore) else UNREACHABLE_S
+        self._unreachable_until_s[mount_id] = self._clock.monotonic() + pause_s
         log.warning("comparing with mount %d failed: %s", mount_id, exc.message or exc.code)
 
-    async def _ask(self, mount_id: int, work: Callable[[UnderStorage], T]) -> T:
-        storage = self._mounts.storage(mount_id)
-        return await trio.to_thread.run_sync(work, storage, limiter=self._mounts.limiter(mount_id))
+    async def _ask(self, mount_id: int, work: Callable[[UnderStorage], T], *, is_known: bool) -> T:
+        """`is_known`: something can be answered without it, so a silent store is waited for as long as a
+        program can bear, not until the connector gives up. Reads only: its thread is left to itself."""
+        storage, limiter = self._mounts.storage(mount_id), self._mounts.limiter(mount_id)
+        with trio.move_on_after(KNOWN_PATIENCE_S if is_known else math.inf):
+            return await trio.to_thread.run_sync(work, storage, limiter=limiter, abandon_on_cancel=is_known)
+        raise _SilentStore(f"{storage.uri} did not answer within {KNOWN_PATIENCE_S:g} s")
 
     @asynccontextmanager
     async def _flight(self, ino: int, name: bytes | None) -> AsyncIterator[bool]:

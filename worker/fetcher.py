@@ -39,6 +39,8 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 BACKOFF_S = 0.1
+RETRY_WITHIN_S = 10.0
+"""What took longer to fail is not tried again here: the connector has been patient already."""
 """Before the second attempt; four times as long before each further one."""
 INLINE_VERIFY_BYTES = 256 << 10
 _VERIFY_PAGES = 64
@@ -184,13 +186,14 @@ class Fetcher:
         """Bytes straight from the under storage, not cached."""
         storage = await self._mounts.storage(source.mount_id)
         self._slabs.counters["uncached_reads"] += 1
+        began = trio.current_time()
         for attempt in range(ATTEMPTS):
             try:
                 return await trio.to_thread.run_sync(
                     read_exactly, storage, source, offset, length, limiter=self._direct
                 )
             except UfsUnavailableError:
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
                     raise
             await trio.sleep(BACKOFF_S * 4**attempt)
         raise AssertionError("unreachable")
@@ -333,6 +336,7 @@ class Fetcher:
         storage = await self._mounts.storage(source.mount_id)
         end = min((job.first + job.count) * PAGE_BYTES, job.slab.size)
         length = end - job.first * PAGE_BYTES
+        began = trio.current_time()
         for attempt in range(ATTEMPTS):
             fd = os.dup(self._slabs.fds.for_writing(job.slab))
             try:
@@ -343,7 +347,7 @@ class Fetcher:
                 return sums
             except UfsUnavailableError as exc:
                 self._slabs.counters["fetch_retries"] += 1
-                if attempt == ATTEMPTS - 1:
+                if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
                     raise exc from None
             finally:
                 os.close(fd)

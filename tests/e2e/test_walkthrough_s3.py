@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -242,3 +243,24 @@ def test_the_cache_serves_without_the_server(local_daemon: Start, own_server: Se
     site.wait_persisted()
     assert bucket.get("written meanwhile") == b"y" * 100_000
     print("seconds until EIO:", [f"{one:.1f}" for one in took])
+
+
+def test_a_silent_server_does_not_hold_up_what_is_known(local_daemon: Start, own_server: SeaweedS3) -> None:
+    bucket = Bucket(own_server, "silent")
+    for name in ("dir/read", "dir/unread"):
+        bucket.put(name, b"x" * 5000)
+    options = {**own_server.options, "timeout_s": "2"}
+    site = local_daemon("s3://silent", options=options, arguments=["--sync-interval", "0"])
+    assert (site.mount / "dir/read").read_bytes() == b"x" * 5000
+    assert own_server.pid is not None
+    os.kill(own_server.pid, signal.SIGSTOP)
+    try:
+        drop_kernel_caches()
+        began = time.monotonic()
+        assert (site.mount / "dir/read").read_bytes() == b"x" * 5000
+        assert sorted(os.listdir(site.mount / "dir")) == ["read", "unread"]
+        assert time.monotonic() - began < NO_SERVER_LIMIT_S
+        print("seconds until EIO:", expect_eio(site.mount / "dir/unread"))
+    finally:
+        os.kill(own_server.pid, signal.SIGCONT)
+    assert (site.mount / "dir/unread").read_bytes() == b"x" * 5000

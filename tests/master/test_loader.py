@@ -261,14 +261,14 @@ def test_a_listing_older_than_our_own_persist(place: Place, tmp_path: Path, chan
             taken, go_on = trio.Event(), trio.Event()
             ask = world.loader._ask
 
-            async def slow(mount_id: int, work: Any) -> Any:
-                answer = await ask(mount_id, work)
+            async def slow(mount_id: int, work: Any, *, is_known: bool) -> Any:
+                answer = await ask(mount_id, work, is_known=is_known)
                 if hasattr(answer, "entries"):
                     taken.set()
                     await go_on.wait()
                 return answer
 
-            world.loader._ask = slow  # type: ignore[method-assign]
+            world.loader._ask = slow  # type: ignore[method-assign, assignment]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lambda: world.loader.load_children(ROOT_INO))
                 await taken.wait()
@@ -318,12 +318,12 @@ def test_unreachable(local_place: Place, tmp_path: Path) -> None:
             outside(world, "a", b"1", tmp_path)
             inner, is_down = world.loader._ask, True
 
-            async def ask(mount_id: int, work: Any) -> Any:
+            async def ask(mount_id: int, work: Any, *, is_known: bool) -> Any:
                 if is_down:
                     raise UfsUnavailableError("down")
-                return await inner(mount_id, work)
+                return await inner(mount_id, work, is_known=is_known)
 
-            world.loader._ask = ask  # type: ignore[method-assign]
+            world.loader._ask = ask  # type: ignore[method-assign, assignment]
             with pytest.raises(UfsUnavailableError):
                 await look(world, "a")
             with pytest.raises(UfsUnavailableError):
