@@ -46,6 +46,7 @@ ROUND_S = 0.01
 BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
 CANCEL_PATIENCE_S = 10.0
+WORKER_PATIENCE_S = 10.0  # after a start: its worker may be starting too
 """How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
 
 
@@ -68,6 +69,7 @@ class Persister:
         self._log = persist_log
         self._workers = workers
         self._clock = clock
+        self._built_s = clock.monotonic()
         self._config = config
         self._at = at
         self._locks = PathLocks()
@@ -359,9 +361,11 @@ class Persister:
         worker_id = self._holder(record.container, record.held_by)
         if not worker_id:
             self._no_worker[job.ino] = None
-            message = f"its only copy is on worker {record.held_by}, which is not running"
-            self._warn(job.ino, self._failures.note(job.ino, message))
-            self._queue.put(job.ino, now + MAX_RETRY_S)
+            patience_s = self._built_s + WORKER_PATIENCE_S - now
+            if patience_s <= 0:
+                message = f"its only copy is on worker {record.held_by}, which is not running"
+                self._warn(job.ino, self._failures.note(job.ino, message))
+            self._queue.put(job.ino, now + (patience_s if patience_s > 0 else MAX_RETRY_S))
             return
         task_id = self._store.take_number(b"next_id")
         intent = IntentRecord(job.ino, INTENT_UPLOAD, record.container, task_id, worker_id)

@@ -67,9 +67,10 @@ def mount_command(
     if path is not None and uri is not None:
         if "://" not in uri:
             uri = os.path.abspath(uri)
+        where = context.path(path)
         check_not_mounted_from(context, uri)
         found = shared.parse_ufs_options(options)
-        request = ops.MountUfs(me(), context.path(path), uri, readonly, sync_interval, found)
+        request = ops.MountUfs(me(), where, uri, readonly, sync_interval, found)
 
     async def work() -> None:
         async with context.connection() as master:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -59,6 +60,17 @@ def cli(debug: bool) -> None:
     """
 
 
+def open_standard_files() -> None:
+    """Whoever started us may have closed some of descriptors 0 to 2 (`>&-`). The next files opened would
+    take their numbers, and what a library prints would go into a database."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            if os.open(os.devnull, os.O_RDWR) == number and getattr(sys, name) is None:
+                setattr(sys, name, open(number, mode, closefd=False))  # noqa: SIM115 - for all our life
+
+
 def is_mount_helper_call(arguments: Sequence[str]) -> bool:
     """mount.fuse3 runs `alluxiofuse [SOURCE] DIR -o OPTIONS` for `mount -t fuse alluxiofuse#SOURCE`."""
     words = [word for word in arguments[:-2] if not word.startswith("-")]
@@ -72,6 +84,7 @@ def is_mount_helper_call(arguments: Sequence[str]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit. No traceback reaches a user unless --debug asks for it."""
+    open_standard_files()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if is_mount_helper_call(arguments):
         from alluxiofuse.cli import mount_helper

@@ -82,9 +82,12 @@ def test_modes_devices_and_owners(tmp_path: Path) -> None:
         assert attr.mode == stat.S_IFDIR | 0o7777
         device = world.changes.mknod(Mknod(who, 0, ROOT_INO, b"n", stat.S_IFCHR | 0o777, 0xFFFF_FFFF))
         assert device.rdev == 0xFFFF_FFFF
-        for change in ({"uid": 0xFFFF_FFFF}, {"gid": 0xFFFF_FFFF}):
+        for change in (
+            SetAttr(KERNEL, 0, made.ino, uid=0xFFFF_FFFF),
+            SetAttr(KERNEL, 0, made.ino, gid=0xFFFF_FFFF),
+        ):
             with pytest.raises(FsError) as caught:
-                world.changes.setattr(SetAttr(KERNEL, 0, made.ino, **change))
+                world.changes.setattr(change)
             assert caught.value.errno == errno.EINVAL
 
     run(tmp_path, test)

@@ -7,8 +7,10 @@ import errno
 import logging
 import os
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import trio
@@ -30,6 +32,7 @@ from alluxiofuse.wire.master_ops import (
     SyncMetadata,
     Unlink,
 )
+from alluxiofuse.wire.messages import Request
 
 MIB = 1 << 20
 DISK_BYTES = 64 * MIB
@@ -104,10 +107,9 @@ def test_a_store_on_a_full_disk(disk: Path, caplog: pytest.LogCaptureFixture) ->
     assert (store.get("meta", b"kept"), store.get("meta", b"later")) == (b"1", None)
     assert not store.heal()
     ballast.drop()
-    reading = store.scan("meta", b"")
-    next(reading)
-    assert not store.heal(), "it must not be closed under a reader"
-    reading.close()
+    with closing(cast(Generator[tuple[bytes, bytes], None, None], store.scan("meta", b""))) as reading:
+        next(reading)
+        assert not store.heal(), "it must not be closed under a reader"
     assert store.heal()
     assert (store.get("meta", b"kept"), store.get("meta", b"later")) == (b"1", None)
     tx.put("meta", b"later", b"2")
@@ -157,9 +159,11 @@ def test_a_master_on_a_full_disk(disk: Path, tmp_path: Path) -> None:
             ballast.fill(but_bytes=MIB)
             assert fill_up(master.store).errno == errno.ENOSPC
             create = Create(KERNEL, session, ROOT_INO, b"new", 0o644, True, worker.worker_id)
-            for request in (create, Mkdir(KERNEL, session, ROOT_INO, b"dir", 0o755), SyncMetadata()):
+            mkdir = Mkdir(KERNEL, session, ROOT_INO, b"dir", 0o755)
+            requests: list[Request[Any]] = [create, mkdir, SyncMetadata()]
+            for request in requests:
                 with pytest.raises(StateError) as caught:
-                    await connection.call(request)  # type: ignore[call-overload]
+                    await connection.call(request)
                 assert caught.value.errno == errno.ENOSPC
             assert (await connection.call(Lookup(KERNEL, ROOT_INO, b"before"))).size == 6
             names = [
