@@ -46,6 +46,9 @@ class MountTree:
         if interval_s is not None and interval_s != -1 and not 0 <= interval_s <= MAX_INTERVAL_S:
             raise FsError(errno.EINVAL, "the sync interval is no number of seconds, 0 (always) or -1 (never)")
         self._check_free(parent, child)
+        known = self._mounts.overlapping(req.uri, req.options, req.is_readonly)
+        if known is not None:
+            raise FsError(errno.EBUSY, f"{req.uri} overlaps with {known.uri}, which is mounted already")
         storage = await trio.to_thread.run_sync(self._probe, req.uri, dict(req.options))
         try:
             mount_id = self._enter(req, storage, parent, name)

@@ -6,6 +6,7 @@ first use and closed at shutdown. Owned by the master's one thread.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 import trio
@@ -16,7 +17,7 @@ from alluxiofuse.master import places
 from alluxiofuse.master.records import MountRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities, UnderStorage
-from alluxiofuse.ufs.registry import redact
+from alluxiofuse.ufs.registry import local_directory, redact
 from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.types import MountInfo
 
@@ -97,6 +98,17 @@ class MountTable:
         options = {name: value for name, value in record.options.items() if shown.get(name) == value}
         return MountInfo(mount_id, path, record.uri, record.is_readonly, record.sync_interval_s, options)
 
+    def overlapping(self, uri: str, options: dict[str, str], is_readonly: bool) -> MountRecord | None:
+        """A mount of the same place, of one within it or around it, when both can be written: each would
+        take what the other writes for changes made outside."""
+        for record in self._records.values():
+            if is_readonly or record.is_readonly or record.options.get("endpoint") != options.get("endpoint"):
+                continue
+            one, other = place_of(uri), place_of(record.uri)
+            if one.startswith(other) or other.startswith(one):
+                return record
+        return None
+
     # --- changing ---------------------------------------------------------------------------------
 
     def ensure_root(
@@ -171,6 +183,16 @@ class MountTable:
         if record is None:
             raise StaleError(f"mount {mount_id} is gone")
         return record
+
+
+def place_of(uri: str) -> bytes:
+    """What a URI names, ending with a slash, so that places within it begin with it."""
+    directory = local_directory(uri)
+    if directory is not None:
+        return b"file://" + os.path.realpath(directory).rstrip(b"/") + b"/"
+    scheme, _, rest = uri.partition("://")
+    scheme = {"s3a": "s3"}.get(scheme.lower(), scheme.lower())
+    return f"{scheme}://{rest.strip('/')}/".encode("utf-8", "surrogateescape")
 
 
 __all__ = ["MountTable", "OpenUfs"]

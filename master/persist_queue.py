@@ -65,6 +65,11 @@ class ReadyQueue:
                 return key
         return None
 
+    def resting(self) -> list[Key]:
+        """All keys that nothing else has to finish for."""
+        waiting = {key for keys in self._blocked.values() for key in keys}
+        return [key for key in self._due if key not in waiting]
+
     def due_s(self, key: Key) -> float | None:
         return self._due.get(key)
 

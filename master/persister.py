@@ -140,6 +140,12 @@ class Persister:
         self._hurried.add(ino)
         self._woken()
 
+    def hurry_all(self) -> None:
+        """All that rests is due now (shutdown)."""
+        self._hurried.update(self._queue.resting())
+        self._hurried.update(key for key in self._log.take_touched())
+        self._woken()
+
     async def wait(self, ino: int, container: int, wait_s: float) -> bool:
         """True once content `container` or newer of `ino` is in the under storage (or the inode is
         gone, or never goes there); False after `wait_s`. UfsError when it fails for a reason that

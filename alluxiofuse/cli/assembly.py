@@ -7,6 +7,7 @@ daemon end before the daemon, so that nobody is served by half of one.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import socket
 from collections.abc import AsyncIterator
@@ -57,17 +58,28 @@ async def check_new_root(config: MasterConfig) -> None:
 
 async def check_known_root(master: Master) -> None:
     """At later starts, with the options that are stored. A store that is merely unreachable is a warning:
-    what is cached can be served."""
+    what is cached can be served. So is a directory that is gone: probing would make it, empty, and all
+    that was in it would count as deleted."""
+    from alluxiofuse.ufs.registry import local_directory
+
+    root = master.mounts.record(ROOT_MOUNT_ID)
+    directory = None if root is None else local_directory(root.uri)
     try:
-        await _check(master.mounts.storage(ROOT_MOUNT_ID))
+        await _check(master.mounts.storage(ROOT_MOUNT_ID), directory)
     except UfsUnavailableError as exc:
         log.warning("%s; going on with what is cached", exc.message)
 
 
-async def _check(storage: UnderStorage) -> None:
-    """`storage.check` within a bounded time."""
+async def _check(storage: UnderStorage, directory: bytes | None = None) -> None:
+    """`storage.check` within a bounded time. `directory`: must be there already."""
+
+    def check() -> None:
+        if directory is not None and not os.path.lexists(directory):
+            raise UfsUnavailableError(f"{os.fsdecode(directory)} is gone: is its filesystem mounted?")
+        storage.check()
+
     with trio.move_on_after(UFS_CHECK_TIMEOUT_S):
-        await trio.to_thread.run_sync(storage.check, abandon_on_cancel=True)
+        await trio.to_thread.run_sync(check, abandon_on_cancel=True)
         return
     raise UfsUnavailableError(f"{storage.uri} did not answer within {UFS_CHECK_TIMEOUT_S:g} s")
 

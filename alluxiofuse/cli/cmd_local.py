@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+import trio
 
 from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.apart import check_apart
@@ -25,7 +26,10 @@ from alluxiofuse.rpc.address import TcpAddress, parse_address
 
 if TYPE_CHECKING:
     from alluxiofuse.fuse.mountopts import MountOptions
+    from alluxiofuse.master.persister import Persister
 
+DRAIN_S = 5.0
+"""How long a stop waits for uploads; a second signal ends that too."""
 HINTS = """
 {where} is mounted at {mount}. Try in another terminal:
 
@@ -195,6 +199,19 @@ async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
             fuse_session(filesystem, plan.mount, plan.options, life),
         ):
             yield
+        await _drain(master.persister)
+
+
+async def _drain(persister: Persister) -> None:
+    """What was written just before the end should be in the under storage when the command returns;
+    what takes longer, or can't be done now, follows at the next start."""
+    persister.hurry_all()
+    with trio.move_on_after(DRAIN_S):
+        while not persister.is_idle():  # noqa: ASYNC110 - idleness has no event, and this is rare
+            await trio.sleep(0.02)
+        return
+    count = persister.pending_count()
+    complain(f"{count} change(s) are not in the under storage yet: they follow at the next start", "note")
 
 
 def say_hints(ufs: str, mount: str) -> None:

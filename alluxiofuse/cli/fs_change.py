@@ -99,7 +99,8 @@ def _check_many(sources: tuple[str, ...], is_into: bool, target: str) -> None:
 
 async def is_directory(paths: Paths, path: bytes) -> bool:
     try:
-        return stat.S_ISDIR((await paths.stat(path)).mode)
+        with about(path):
+            return stat.S_ISDIR((await paths.stat(path)).mode)
     except FsError as exc:
         if exc.errno != errno.ENOENT:
             raise

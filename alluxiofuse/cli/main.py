@@ -84,6 +84,13 @@ def is_mount_helper_call(arguments: Sequence[str]) -> bool:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit. No traceback reaches a user unless --debug asks for it."""
+    try:
+        _main(arguments)
+    except KeyboardInterrupt:  # it came while the end of the command was being reported
+        sys.exit(outcome.INTERRUPTED)
+
+
+def _main(arguments: Sequence[str] | None) -> None:
     open_standard_files()
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if is_mount_helper_call(arguments):

@@ -76,6 +76,9 @@ def report(exc: BaseException, *, debug: bool) -> int:
     if isinstance(found, BrokenPipeError):
         _forget_stdout()
         return BROKEN_PIPE
+    if isinstance(found, click.exceptions.NoArgsIsHelpError):
+        print(found.format_message(), file=sys.stderr)
+        return MISTAKE
     if isinstance(found, click.UsageError):
         complain(_with_help(found))
         return MISTAKE

@@ -206,3 +206,15 @@ def has_unix_peer(pid: int) -> bool:
     except OSError:
         return False
     return sum(link.startswith("socket:") for link in links) >= 3  # two of trio's own, one to the master
+
+
+def test_what_was_just_written_is_in_the_under_storage_when_it_has_stopped(
+    local_daemon: Callable[..., LocalDaemon],
+) -> None:
+    daemon = local_daemon()
+    for i in range(50):
+        (daemon.mount / f"f{i}").write_text(f"text {i}")
+    daemon.stop()
+    assert {path.name: path.read_text() for path in daemon.ufs_dir.iterdir()} == {
+        f"f{i}": f"text {i}" for i in range(50)
+    }

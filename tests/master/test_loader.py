@@ -268,7 +268,7 @@ def test_a_listing_older_than_our_own_persist(place: Place, tmp_path: Path, chan
                     await go_on.wait()
                 return answer
 
-            world.loader._ask = slow  # type: ignore[method-assign, assignment]
+            world.loader._ask = slow  # type: ignore[method-assign]
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(lambda: world.loader.load_children(ROOT_INO))
                 await taken.wait()
@@ -323,7 +323,7 @@ def test_unreachable(local_place: Place, tmp_path: Path) -> None:
                     raise UfsUnavailableError("down")
                 return await inner(mount_id, work, is_known=is_known)
 
-            world.loader._ask = ask  # type: ignore[method-assign, assignment]
+            world.loader._ask = ask  # type: ignore[method-assign]
             with pytest.raises(UfsUnavailableError):
                 await look(world, "a")
             with pytest.raises(UfsUnavailableError):

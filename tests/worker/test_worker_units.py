@@ -79,8 +79,8 @@ def test_zero_pages_are_left_out(tmp_path: Path) -> None:
         _, sum1, sum2 = sums
         assert checksums.sealed_checksums(file.fileno(), 0b111, len(data)) == ({1: sum1, 2: sum2}, 0b001, 0)
         checksums.pwrite_all(file.fileno(), data, 0)
-        found = checksums.sealed_checksums(file.fileno(), 0b111, len(data))
-        assert found == ({1: sum1, 2: sum2}, 0b001, 0b101)
+        sealed = checksums.sealed_checksums(file.fileno(), 0b111, len(data))
+        assert sealed == ({1: sum1, 2: sum2}, 0b001, 0b101)
         checksums.punch_pages(file.fileno(), 0b101)
         assert checksums.data_pages(file.fileno(), len(data)) == 0b010
 
