@@ -425,7 +425,8 @@ class ListMounts(Request[list[MountInfo]]):
 
 class MountUfs(Request[MountInfo]):
     """Mount an under storage at an existing, empty directory or a name that does not exist yet.
-    The under storage is probed first (UfsError names what is wrong); nothing changes on error."""
+    The under storage is probed first (UfsError names what is wrong); nothing changes on error. EBUSY
+    when it overlaps with one that is mounted already and both can be written."""
 
     OP: ClassVar[str] = "master.mount_ufs"
     who: Caller

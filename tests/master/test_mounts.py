@@ -155,7 +155,18 @@ def test_refused(tmp_path: Path) -> None:
             with pytest.raises(FsError):
                 await mount(made, "/m", tmp_path / "other", who=Caller(12345, 1, []))
             await mount(made, "/m", tmp_path / "other")
-            await mount(made, "/m/inner", tmp_path / "data")
+            (tmp_path / "third").mkdir()
+            await mount(made, "/m/inner", tmp_path / "third")
+            (tmp_path / "link").symlink_to(tmp_path / "other")
+            for uri in ("other", "other/", "other/below", "link", "data/full", "."):
+                with pytest.raises(FsError, match="overlaps") as caught:
+                    await mount(made, "/again", f"{tmp_path}/{uri}")
+                assert caught.value.errno == errno.EBUSY
+            assert await names(made, "/") == [b"full", b"m"]
+            for path, interval_s in (("/nul\0", 0.0), ("/m2", float("nan")), ("/m2", -3.0), ("/m2", 1e300)):
+                with pytest.raises(FsError) as caught:
+                    await mount(made, path, tmp_path / "fourth", sync_interval_s=interval_s)
+                assert caught.value.errno == errno.EINVAL
             with pytest.raises(FsError) as caught:
                 await call(made, master_ops.UnmountUfs(ADMIN, b"/m"))
             assert caught.value.errno == errno.EBUSY
