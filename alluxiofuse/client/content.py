@@ -16,7 +16,14 @@ import trio
 from alluxiofuse.client.core import Core
 from alluxiofuse.client.slabs import Slab
 from alluxiofuse.client.writing import SealedMeanwhile, Writing
-from alluxiofuse.errors import AlluxioFuseError, NoSpaceError, PeerError, StaleError
+from alluxiofuse.errors import (
+    AlluxioFuseError,
+    ConnectionLost,
+    NoSpaceError,
+    PeerError,
+    StaleError,
+    UnavailableError,
+)
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
 
@@ -28,6 +35,8 @@ log = logging.getLogger(__name__)
 WAIT_PERSISTED_S = 30.0
 SYNC_WAIT_S = 5.0
 _RETRY_S = 0.02
+OTHER_HOME_S = 1.0
+"""How long the home of a file that is still empty is waited for before another one is chosen."""
 
 
 class Content:
@@ -140,8 +149,19 @@ class Content:
                 writing = await self.assign(is_truncating=is_truncating)
             try:
                 if not writing.is_begun:
-                    await writing.begin(reserve_bytes)
+                    # Nothing is at the home of an empty file yet: where it is away, another one will do.
+                    patience_s = (
+                        min(OTHER_HOME_S, deadline - trio.current_time()) if writing.is_empty else None
+                    )
+                    await writing.begin(reserve_bytes, patience_s)
                 return writing
+            except (ConnectionLost, UnavailableError):
+                if not writing.is_empty or trio.current_time() + _RETRY_S > deadline:
+                    raise
+                other = await self.core.workers.home()
+                if other not in (0, writing.worker_id):
+                    await writing.end()
+                    await self._commit_end(writing)
             except NoSpaceError:
                 await self._abandon(writing)
                 raise
@@ -166,7 +186,8 @@ class Content:
                 ops.BeginWrite(session.id, self.ino, home, is_truncating), is_idempotent=True
             )
         )
-        is_empty = is_truncating or not layout.base_container
+        # What was joined may have others' bytes, whatever the master knows of its size.
+        is_empty = not layout.is_joined and (is_truncating or not layout.base_size)
         writing = Writing(self.core, layout, is_empty=is_empty, mtime_ns=time.time_ns())
         self.drop_slab()
         self.start(writing, self.layout.container)
@@ -181,6 +202,9 @@ class Content:
         """The home has no room to begin: let the old content be the content again. A new or emptied
         file needs none: it stays assigned, and is committed empty."""
         if writing.is_empty:
+            return
+        if writing.is_joined:
+            self._unassign()  # Others may have written to it.
             return
         session, old = self.core.session, self.layout
         await session.call(

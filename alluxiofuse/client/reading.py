@@ -70,9 +70,10 @@ async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buff
         file.read_container = layout.container
         if not slab.is_complete and offset >= slab.tell_at:
             await _tell(slab, offset, length)
-        data = await slab.read(offset, length)
-        if len(data) == length and slab.is_good:
-            return data
+        if slab.is_good:  # Still: the telling may have taken time.
+            data = await slab.read(offset, length)
+            if len(data) == length and slab.is_good:
+                return data
     return await _Attempts(file, content).read(offset, size)
 
 

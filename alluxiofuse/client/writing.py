@@ -64,6 +64,7 @@ class Writing:
         self._core = core
         self._layout = layout
         self.is_empty = is_empty
+        self.is_joined = layout.is_joined
         self.container = layout.container
         self.worker_id = layout.home
         self.slab: Slab | None = None
@@ -85,6 +86,8 @@ class Writing:
         """Calls inside `_busy`: `end` waits for them."""
         self._idle = trio.Event()
         self._recovering = trio.Lock()
+        self._may_be_begun = False
+        """The worker was asked to begin, and its answer was not heard."""
 
     @property
     def is_begun(self) -> bool:
@@ -114,10 +117,10 @@ class Writing:
 
     # --- begin and end ------------------------------------------------------------------------------
 
-    async def begin(self, reserve_bytes: int) -> None:
+    async def begin(self, reserve_bytes: int, patience_s: float | None = None) -> None:
         """At the worker. NoSpaceError: certainly nothing was begun. PeerError: not reachable within
-        patience; it may have begun, and may be tried again."""
-        deadline = trio.current_time() + self._core.config.patience_s
+        patience (None: the client's); it may have begun, and may be tried again."""
+        deadline = trio.current_time() + (self._core.config.patience_s if patience_s is None else patience_s)
         while True:
             try:
                 await self._begin_once(reserve_bytes)
@@ -140,13 +143,18 @@ class Writing:
             reserve_bytes,
             connection.can_pass_fds,
         )
+        self._may_be_begun = True
         try:
-            answer = await connection.exchange(request)
-        except NoSpaceError:
-            if not self._core.slabs.drop_idle(self.worker_id):
-                raise
-            await self._core.slabs.send_detaches()
-            answer = await connection.exchange(request)
+            try:
+                answer = await connection.exchange(request)
+            except NoSpaceError:
+                if not self._core.slabs.drop_idle(self.worker_id):
+                    raise
+                await self._core.slabs.send_detaches()
+                answer = await connection.exchange(request)
+        except (NoSpaceError, StaleError):
+            self._may_be_begun = False
+            raise
         fd = answer.fds.pop() if answer.fds else -1
         answer.close_fds()
         self._take(connection, answer.result, fd)
@@ -229,6 +237,8 @@ class Writing:
                 await self._idle.wait()
             if self.slab is None and not self.is_empty:
                 await self.begin(0)
+            elif self.slab is None and self._may_be_begun:
+                await self._begin_to_end()
             if self.slab is None:
                 self.result = WriteEnd(0, self.mtime_ns, True)
             else:
@@ -237,6 +247,14 @@ class Writing:
             return self.result
         finally:
             self.is_ending = self.result is not None
+
+    async def _begin_to_end(self) -> None:
+        """Take up the lock that the worker may have given us without our hearing of it. Nothing was
+        written, so where it can't be reached nothing is lost: it seals by itself."""
+        try:
+            await self.begin(0, 0.0)
+        except (StaleError, NoSpaceError, ConnectionLost, UnavailableError) as exc:
+            log.info("container %d was begun in vain: %s", self.container, exc)
 
     async def _end_at_worker(self) -> WriteEnd:
         dirty = None if self._dirty is None else bytes(self._dirty)

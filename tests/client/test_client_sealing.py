@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 import trio
-from client_world import IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, until
+from client_world import HERE, IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, until
 
 from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.master_ops import CommitContent
+from alluxiofuse.wire.types import Attr
 
 
 def hold_commits(client: Client) -> tuple[trio.Event, trio.Event]:
@@ -117,3 +118,51 @@ def test_emptying_by_open_alone(flags: int) -> None:
             await until(lambda: all(one.exists() and not one.read_bytes() for one in there))
 
     in_world(IN_PROCESS)(test)
+
+
+@pytest.mark.parametrize("kind", [UNIX, TCP])
+def test_who_joins_and_can_not_begin_does_not_empty_the_file(kind: str) -> None:
+    """The writer died, its worker is away, and somebody else opens the file, writes in vain, closes."""
+
+    async def test(world: World) -> None:
+        async with world.client("two", patience_s=0.3) as two:
+            async with world.client("one") as one:
+                file = await one.create(b"f")
+                await file.write(0, b"fsynced by a client that died")
+                await file.fsync()
+                other = await two.open(b"f", os.O_RDWR)
+                await world.stop_worker()
+                with pytest.raises(AlluxioFuseError):
+                    await other.write(0, b"X")
+                one.fs._contents.clear()  # It vanishes without sealing.
+            await other.release()
+            await world.start_worker(session_grace_s=0.05)
+            attr = await until_sealed(two)
+            assert attr.size == 29
+            assert await two.get(b"f") == b"fsynced by a client that died"
+
+    in_world(kind)(test)
+
+
+async def until_sealed(client: Client) -> Attr:
+    while True:
+        attr = await client.fs.lookup(ROOT, ROOT_INO, b"f")
+        if not attr.home:
+            return attr
+        await trio.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", [UNIX, TCP])
+def test_an_empty_file_whose_home_died_finds_another(kind: str) -> None:
+    async def test(world: World) -> None:
+        await world.start_worker("w2", hostname="elsewhere" if kind == TCP else HERE)
+        async with world.client(patience_s=10.0) as client:
+            file = await client.create(b"f")
+            name = next(n for n, part in world.workers.items() if part.worker_id == file.attr.home)
+            await world.stop_worker(name)
+            await file.write(0, b"at the other worker")
+            await client.close(file)
+            assert await client.get(b"f") == b"at the other worker"
+            await until(lambda: (world.ufs / "f").exists() and (world.ufs / "f").stat().st_size == 19)
+
+    in_world(kind)(test)
