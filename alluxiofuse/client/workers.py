@@ -108,6 +108,11 @@ class WorkerPool:
     def _is_down(self, worker_id: int, now: float) -> bool:
         return self._down_until.get(worker_id, now) > now
 
+    def _is_heard_again(self, worker_id: int, info: WorkerInfo) -> bool:
+        """The master heard of it after it had failed us: it was started again."""
+        failed_at = self._down_until[worker_id] - DOWN_S
+        return self._listed_at - info.last_heartbeat_ms_ago / 1000 > failed_at
+
     def _is_reachable(self, address: WorkerAddress) -> bool:
         """There is a way to it from this machine."""
         return bool(address.port) or self._is_local(address)
@@ -129,7 +134,8 @@ class WorkerPool:
         rooms = {
             worker_id: sum(tier.capacity_bytes - tier.used_bytes for tier in info.tiers)
             for worker_id, info in self._infos.items()
-            if not self._is_down(worker_id, now) and self._is_reachable(info.address)
+            if self._is_reachable(info.address)
+            and (not self._is_down(worker_id, now) or self._is_heard_again(worker_id, info))
         }
         return max(rooms, key=rooms.__getitem__, default=0)
 
