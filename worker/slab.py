@@ -197,7 +197,7 @@ class Lock:
     """A session's hold on a slab, by Attach or BeginWrite. It follows the slab when that gets
     another container id."""
 
-    __slots__ = ("ahead", "has_sealed", "id", "is_writer", "orphaned", "peer", "session_id", "slab")
+    __slots__ = ("ahead", "ended", "has_sealed", "id", "is_writer", "orphaned", "peer", "session_id", "slab")
 
     def __init__(self, id_: int, slab: Slab, session_id: int, is_writer: bool, ahead: ReadAhead) -> None:
         self.id = id_
@@ -210,5 +210,7 @@ class Lock:
         """Key of the connection in `leases.Leases`; 0: none."""
         self.orphaned = 0
         """A writer whose connection ended: number of that event (its grace period); 0: not."""
+        self.ended = 0
+        """Container of which it was a writer until its EndWrite; 0: none, or it is one."""
         self.has_sealed = False
         """Its EndWrite sealed the slab; until it detaches the master may not know of it."""

@@ -104,6 +104,7 @@ class Slabs(Accounts):
         """The lock becomes a reader's; `dirty_pages` (-1: all) are what its session changed."""
         slab = lock.slab
         lock.is_writer = False
+        lock.ended = slab.container
         lock.orphaned = 0
         slab.writers -= 1
         slab.dirty_pages |= dirty_pages
@@ -111,8 +112,8 @@ class Slabs(Accounts):
     def write_again(self, lock: Lock, dirty_pages: int) -> None:
         """Its seal failed, and nobody else writes: it is a writer's lock again, to be ended again."""
         slab = lock.slab
-        if lock.id in self.locks and slab.state == WRITING:
-            lock.is_writer = True
+        if lock.id in self.locks and slab.container == lock.ended and slab.state == WRITING:
+            lock.is_writer, lock.ended = True, 0
             slab.writers += 1
             slab.writes += 1
             slab.dirty_pages |= dirty_pages

@@ -457,13 +457,17 @@ class Writing:
         lock.has_sealed = True
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
 
-    def _ended_before(self, lock: Lock) -> WriteEnd:
-        """The answer to a repeated EndWrite."""
+    def _ended_before(self, lock: Lock) -> WriteEnd | Awaitable[WriteEnd]:
+        """The answer to a repeated EndWrite, whose first answer was not heard."""
         slab = lock.slab
-        if not lock.has_sealed or slab.state == WRITING:
+        if not lock.ended:
             raise StaleError(f"lock {lock.id} is not writing")
-        found = os.stat(self._slabs.path(slab))
-        return WriteEnd(slab.size, found.st_mtime_ns, True)
+        is_open = slab.state == WRITING and slab.container == lock.ended
+        if is_open and not slab.writers:
+            return self._end_slowly(lock)
+        found = os.fstat(self._fd(slab))
+        is_sealed = lock.has_sealed and slab.container == lock.ended and not is_open
+        return WriteEnd(found.st_size, found.st_mtime_ns, is_sealed)
 
     async def _end_slowly(self, lock: Lock) -> WriteEnd:
         """The seal goes on when the caller is cancelled. When it fails, the lock is a writer's again:
@@ -475,8 +479,9 @@ class Writing:
 
         async def seal() -> None:
             try:
-                outcome.append(await self.seal(lock.slab))
-                lock.has_sealed = outcome[0].is_sealed  # type: ignore[union-attr]
+                end = await self.seal(lock.slab)
+                lock.has_sealed = lock.has_sealed or end.is_sealed
+                outcome.append(WriteEnd(end.size, end.mtime_ns, lock.has_sealed))
             except AlluxioFuseError as exc:
                 outcome.append(exc)
                 self._slabs.write_again(lock, 0)

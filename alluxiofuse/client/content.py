@@ -142,8 +142,9 @@ class Content:
         deadline = trio.current_time() + self.core.config.patience_s
         while True:
             writing = self.writing
-            if writing is not None and writing.is_over:
-                await self._commit_end(writing)  # An earlier commit failed.
+            if writing is not None and (writing.is_over or writing.is_ending):
+                await writing.end()
+                await self._commit_end(writing)  # An earlier end or commit failed.
                 writing = None
             if writing is None:
                 writing = await self.assign(is_truncating=is_truncating)

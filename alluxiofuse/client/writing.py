@@ -28,6 +28,7 @@ from alluxiofuse.errors import (
     ConnectionLost,
     FsError,
     NoSpaceError,
+    PeerError,
     StaleError,
     UnavailableError,
 )
@@ -86,6 +87,8 @@ class Writing:
         """Calls inside `_busy`: `end` waits for them."""
         self._idle = trio.Event()
         self._recovering = trio.Lock()
+        self._may_be_ended = False
+        """The worker was asked to end, and its answer was not heard."""
         self._may_be_begun = False
         """The worker was asked to begin, and its answer was not heard."""
 
@@ -227,7 +230,9 @@ class Writing:
                 await trio.sleep(_RETRY_S)
 
     async def end(self) -> WriteEnd:
-        """Wait for writes under way, then end: `result`. On an error it stays begun."""
+        """Wait for writes under way, then end: `result`. When the worker refuses, it stays begun. When
+        its answer was not heard (cancelled, not reachable), it stays ending, as it may be sealed: call
+        it again."""
         if self.result is not None:
             return self.result
         self.is_ending = True
@@ -246,7 +251,7 @@ class Writing:
                 self._size = self.result.size
             return self.result
         finally:
-            self.is_ending = self.result is not None
+            self.is_ending = self.result is not None or self._may_be_ended
 
     async def _begin_to_end(self) -> None:
         """Take up the lock that the worker may have given us without our hearing of it. Nothing was
@@ -258,11 +263,15 @@ class Writing:
 
     async def _end_at_worker(self) -> WriteEnd:
         dirty = None if self._dirty is None else bytes(self._dirty)
+        self._may_be_ended = True
         try:
             return await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty))
         except SealedMeanwhile:
             assert self.result is not None
             return self.result
+        except AlluxioFuseError as exc:
+            self._may_be_ended = isinstance(exc, PeerError)
+            raise
 
     def abandon(self) -> None:
         """Leave it to the worker to end it, and to tell the master if that was not done."""
