@@ -63,6 +63,7 @@ class Slab:
         "inflight",
         "is_gone",
         "is_moving",
+        "is_renamed",
         "islands",
         "jobs",
         "locks",
@@ -115,6 +116,8 @@ class Slab:
         self.jobs: list[Job] | None = None
         self.upload: Upload | None = None
         self.is_moving = False
+        self.is_renamed = False
+        """Its file got its name since the last fsync: fdatasync would not make that name last."""
         self.is_gone = False
         """Dropped: no longer in the table."""
         self.free_mode = FREE_NO

@@ -151,6 +151,7 @@ class Slabs(Accounts):
         """A slab that the index knows from an earlier life of the worker; the most recently used of
         those adopted so far."""
         self.by_container[slab.container] = slab
+        slab.is_renamed = True  # Perhaps.
         if slab.state == CLEAN:
             self.enlist(slab, slab.present)
         elif slab.state == DIRTY:
@@ -314,6 +315,7 @@ class Slabs(Accounts):
         self.orphans.pop(old, None)
         self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
+        slab.is_renamed = True
         slab.source = None
         slab.free_mode = FREE_NO
         slab.dirty_pages = 0
@@ -416,6 +418,7 @@ class Slabs(Accounts):
         source.evictable -= slab.evictable
         charged, slab.charged, slab.evictable = slab.charged, 0, 0
         slab.directory = directory
+        slab.is_renamed = True
         self.index.put(slab.container, self._record(slab))
         self.release(directory, held_bytes)
         self.account(slab)

@@ -567,11 +567,14 @@ class Writing:
         if not slab.directory.is_durable:
             return False
         fd = os.dup(self._fd(slab))
+        is_renamed, slab.is_renamed = slab.is_renamed, False
         try:
-            await trio.to_thread.run_sync(_sync, fd, self._slabs, limiter=self._threads)
+            await trio.to_thread.run_sync(_sync, fd, is_renamed, self._slabs, limiter=self._threads)
+            is_renamed = False
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
+            slab.is_renamed = slab.is_renamed or is_renamed
             os.close(fd)
         return True
 
@@ -590,6 +593,9 @@ class Writing:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
 
 
-def _sync(fd: int, slabs: Slabs) -> None:
-    os.fdatasync(fd)
+def _sync(fd: int, is_renamed: bool, slabs: Slabs) -> None:
+    if is_renamed:
+        os.fsync(fd)
+    else:
+        os.fdatasync(fd)
     slabs.index.sync()
