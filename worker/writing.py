@@ -43,6 +43,7 @@ from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
+from alluxiofuse.worker.sealing import Sealer
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
 from alluxiofuse.worker.slabs import Slabs
 
@@ -54,30 +55,14 @@ MAX_GAP_BYTES = 1 << 20
 """A write further behind what is granted leaves a hole that costs nothing."""
 PATIENCE_S = 60.0
 """How long writers wait for room that uploads will make."""
-RESEAL_S = 1.0
-MAX_RESEAL_S = 60.0
-"""Before a seal that failed, and that nobody waits for, is tried again."""
 SEND_PATIENCE_S = 5.0
 """How long who makes a file shorter waits for what readers are being sent of it."""
 _INLINE_BYTES = 1 << 20
-_SEAL_ATTEMPTS = 5
-"""Checksums are computed again when the file changed under them: a writer that did not keep to the
-rules. After so many times the last ones count."""
 
 
 def page_end(offset: int) -> int:
     """End of the page that `offset` - 1 is in."""
     return -(-offset // PAGE_BYTES) * PAGE_BYTES
-
-
-class Sealing:
-    """Of one slab: the seals that are under way, one after the other."""
-
-    def __init__(self) -> None:
-        self.lock = trio.Lock()
-        self.users = 0
-        self.is_punching = False
-        """Pages of zeros are being made holes: nobody may begin to write."""
 
 
 class Writing:
@@ -87,12 +72,12 @@ class Writing:
         self._slabs = slabs
         self._room = room
         self._fetcher = fetcher
-        self.leases = Leases(slabs, grace_s=grace_s, seal_orphan=self._seal_orphan)
+        self._threads = trio.CapacityLimiter(4)
+        self._sealer = Sealer(slabs, self._threads)
+        self.leases = Leases(slabs, grace_s=grace_s, seal_orphan=self._sealer.seal_orphan)
         self._gates: dict[int, trio.Lock] = {}
         """Container -> BeginWrites that take time."""
-        self._seals: dict[Slab, Sealing] = {}
         self._nursery: trio.Nursery | None = None
-        self._threads = trio.CapacityLimiter(4)
 
     async def run(self) -> None:
         """Carries seals to their end, whether or not the client waits for them."""
@@ -110,7 +95,7 @@ class Writing:
         if request.container == 0 or request.container == request.old_container:
             raise BadRequestError("BeginWrite needs a new container id")
         slab = self._slabs.get(request.container)
-        if slab is not None and not self._is_punching(slab) and self._may_join(slab, request):
+        if slab is not None and not self._sealer.is_punching(slab) and self._may_join(slab, request):
             return self._grant(peer, request, slab)
         if slab is None and request.old_container == 0 and request.container not in self._gates:
             slab = self._create_now(request.container, request.reserve_bytes)
@@ -157,9 +142,8 @@ class Writing:
     async def _begin_slowly(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant]:
         async with self._gate(request.container):
             slab = self._slabs.get(request.container)
-            if slab is not None and (gate := self._seals.get(slab)) is not None and gate.is_punching:
-                async with gate.lock:
-                    pass
+            if slab is not None:
+                await self._sealer.punched(slab)
             if slab is None and request.old_container and request.old_size:
                 slab = await self._convert(request)
             elif slab is None:
@@ -479,7 +463,7 @@ class Writing:
 
         async def seal() -> None:
             try:
-                end = await self.seal(lock.slab)
+                end = await self._sealer.seal(lock.slab)
                 lock.has_sealed = lock.has_sealed or end.is_sealed
                 outcome.append(WriteEnd(end.size, end.mtime_ns, lock.has_sealed))
             except AlluxioFuseError as exc:
@@ -495,69 +479,6 @@ class Writing:
         if isinstance(outcome[0], AlluxioFuseError):
             raise outcome[0]
         return outcome[0]
-
-    async def seal(self, slab: Slab) -> WriteEnd:
-        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals). One
-        at a time for a slab; by its descriptor, as the next writer may rename the file."""
-        self._slabs.pin(slab)
-        gate = self._seals.setdefault(slab, Sealing())
-        gate.users += 1
-        try:
-            async with gate.lock:
-                fd = os.dup(self._fd(slab))
-                try:
-                    return await self._seal_by(slab, fd, gate)
-                finally:
-                    os.close(fd)
-        except OSError as exc:
-            raise storage_error(exc, slab.directory, self._slabs.counters) from None
-        finally:
-            gate.users -= 1
-            if not gate.users:
-                del self._seals[slab]
-            self._slabs.unpin(slab)
-
-    async def _seal_by(self, slab: Slab, fd: int, gate: Sealing) -> WriteEnd:
-        for _ in range(_SEAL_ATTEMPTS):
-            writes = slab.writes
-            found = os.fstat(fd)
-            unsealed = WriteEnd(found.st_size, found.st_mtime_ns, False)
-            if slab.writers or slab.state != WRITING:
-                return unsealed
-            pages = self._slabs.pages_to_seal(slab, found.st_size)
-            sums, zeros, filled = await trio.to_thread.run_sync(
-                checksums.sealed_checksums, fd, pages, found.st_size, limiter=self._threads
-            )
-            if slab.writers or slab.writes != writes or slab.state != WRITING:
-                return unsealed
-            now = os.fstat(fd)
-            if (now.st_size, now.st_mtime_ns) == (found.st_size, found.st_mtime_ns):
-                break
-        if filled:
-            gate.is_punching = True  # Who wants to write waits: it would be lost.
-            try:
-                await trio.to_thread.run_sync(checksums.punch_pages, fd, filled, limiter=self._threads)
-            finally:
-                gate.is_punching = False
-        self._slabs.seal(slab, found.st_size, sums, zeros)
-        return WriteEnd(found.st_size, found.st_mtime_ns, True)
-
-    def _is_punching(self, slab: Slab) -> bool:
-        gate = self._seals.get(slab)
-        return gate is not None and gate.is_punching
-
-    async def _seal_orphan(self, slab: Slab) -> None:
-        """Until it is sealed, or somebody else writes it. The caller holds a lock."""
-        delay_s = RESEAL_S
-        while slab.state == WRITING and not slab.writers and not slab.is_gone:
-            try:
-                if (await self.seal(slab)).is_sealed:
-                    self._slabs.report_orphan(slab)
-                    return
-            except AlluxioFuseError as exc:
-                log.error("container %x can't be sealed: %s", slab.container, exc.message)
-                await trio.sleep(delay_s)
-                delay_s = min(2 * delay_s, MAX_RESEAL_S)
 
     # --- SyncContainer ----------------------------------------------------------------------------
 

@@ -28,7 +28,7 @@ from alluxiofuse.wire.worker_ops import (
     WriteEnd,
     WriteGrant,
 )
-from alluxiofuse.worker import checksums, writing
+from alluxiofuse.worker import checksums, sealing
 
 
 class Pause:
@@ -180,7 +180,7 @@ async def test_who_gives_up_a_seal_that_fails_leaves_it_to_the_worker(
     def fail(*_: object) -> None:
         raise OSError(errno.EIO, "failing disk")
 
-    monkeypatch.setattr(writing, "RESEAL_S", 0.01)
+    monkeypatch.setattr(sealing, "RESEAL_S", 0.01)
     async with running(tmp_path, session_grace_s=0.01) as world:
         grant, fd = await world.begin(90, reserve=3 * MB)
         os.pwrite(fd, pattern(3 * MB), 0)
