@@ -125,7 +125,10 @@ class Namespace:
     def readdir(self, who: Caller, ino: int, after: bytes, limit: int) -> DirPage:
         record = self.directory(ino)
         require(who, record, READ)
-        self.gate.children(ino, record)
+        if not after or not record.is_loaded:
+            # Compared once for each listing: a large directory takes longer than its sync interval, and
+            # each of its pages would have all of it compared again.
+            self.gate.children(ino, record)
         entries: list[DirEntry] = []
         inode, attr = self.store.inode, self.attr
         for name, value in self.store.scan("edge", u64(ino), after or None):

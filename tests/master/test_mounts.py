@@ -223,3 +223,36 @@ def test_sync_path_persist_and_locations(tmp_path: Path) -> None:
             assert report.persist_failing == []
 
     trio.run(main)
+
+
+def test_a_listing_in_pages_is_compared_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when its pages take longer than the sync interval: else a large directory never ends."""
+
+    async def main() -> None:
+        (tmp_path / "other").mkdir()
+        for number in range(10):
+            (tmp_path / "other" / f"f{number}").touch()
+        async with master(tmp_path) as made:
+            info = await mount(made, "/m", tmp_path / "other")  # always compared
+            storage = made.mounts.storage(info.mount_id)
+            asked: list[bytes] = []
+            real = storage.list
+
+            def listed(path: bytes, *arguments: Any, **options: Any) -> Any:
+                asked.append(path)
+                return real(path, *arguments, **options)
+
+            monkeypatch.setattr(storage, "list", listed)
+            top = (await call(made, master_ops.Resolve(ADMIN, b"/m")))[-1].ino
+            for round_ in (1, 2):
+                after, found = b"", []
+                while True:
+                    page = await call(made, master_ops.ReadDir(ADMIN, top, after, 3))
+                    found += [entry.name for entry in page.entries]
+                    if page.is_last:
+                        break
+                    after = found[-1]
+                assert found == [b"f%d" % number for number in range(10)]
+                assert len(asked) == round_
+
+    trio.run(main)
