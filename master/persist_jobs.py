@@ -222,7 +222,8 @@ class JobRunner:
 
     async def _make(self, job: Job) -> None:
         record = self._store.inode(job.ino)
-        if record is not None and stat.S_ISREG(record.mode) and (record.home or record.size):
+        has_bytes = record is not None and bool(record.container and record.size)
+        if record is not None and stat.S_ISREG(record.mode) and (record.home or has_bytes):
             return  # Written to since it was planned: its seal plans it anew.
         if record is None or not self.begin(job, IntentRecord(job.ino, INTENT_MAKE, record.container)):
             return
