@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Awaitable, Callable
+from functools import partial
 
 import pytest
 import trio
@@ -35,9 +37,14 @@ def test_nothing_stays_behind(kind: str, seed: int) -> None:
                     files.append(file)
                     for _ in range(4):
                         data = rng.randbytes(rng.choice([100, 300_000]))
-                        calls = [file.flush, file.fsync, lambda: file.read(rng.randrange(MB), 2 * MB)]
-                        calls += [lambda d=data: file.write(rng.randrange(2 * MB), d)] * 3
-                        calls += [lambda: file.truncate(rng.choice([0, 5, MB]))]
+                        write = partial(file.write, rng.randrange(2 * MB), data)
+                        calls: list[Callable[[], Awaitable[object]]] = [
+                            file.flush,
+                            file.fsync,
+                            partial(file.read, rng.randrange(MB), 2 * MB),
+                            partial(file.truncate, rng.choice([0, 5, MB])),
+                            *[write] * 3,
+                        ]
                         with trio.move_on_after(rng.random() * 0.004):
                             await rng.choice(calls)()
 
