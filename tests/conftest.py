@@ -20,6 +20,11 @@ MARK = f"AF_TEST_RUN={uuid.uuid4()}"
 os.environ[MARK.partition("=")[0]] = MARK.partition("=")[2]
 STRAY_GRACE_S = 5.0
 
+# Run by nohup or in the background of a script, signals are ignored, and children would inherit that.
+for _number in (signal.SIGINT, signal.SIGHUP):
+    if signal.getsignal(_number) == signal.SIG_IGN:
+        signal.signal(_number, signal.default_int_handler if _number == signal.SIGINT else signal.SIG_DFL)
+
 
 def fuse_mounts(base: Path) -> set[str]:
     """Where FUSE filesystems are mounted below this run's own directories; others on the machine are
