@@ -57,13 +57,18 @@ class _Running:
 
     def __init__(self, parallel: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "alluxiofuse.ufs.upload_child", str(theirs.fileno()), str(parallel)],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-            )
+        command = [sys.executable, "-m", "alluxiofuse.ufs.upload_child", str(theirs.fileno()), str(parallel)]
+        try:
+            with theirs:
+                self.process = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                )
+        except BaseException:
+            ours.close()
+            raise
         ours.setblocking(False)
         self.stdlib_sock = ours
         self.sock = trio.socket.from_stdlib_socket(ours)
@@ -154,7 +159,10 @@ class UploadProcess:
         file any more. UfsUnavailableError: the process died."""
         running = self._running
         if running is None:
-            running = self._running = _Running(self._parallel)
+            try:
+                running = self._running = _Running(self._parallel)
+            except OSError as exc:
+                raise UfsUnavailableError(f"the upload process can't be started: {exc.strerror}") from None
             self._starting.set()
         self._put_count += 1
         put_id, waiting = self._put_count, _Waiting()
@@ -173,7 +181,7 @@ class UploadProcess:
                 with trio.CancelScope(shield=True):
                     await waiting.done.wait()
                 raise
-        except OSError:
+        except (OSError, trio.ClosedResourceError):
             raise UfsUnavailableError("the upload process ended") from None
         finally:
             cancellation.tell(None)

@@ -135,3 +135,19 @@ def test_killed_process_fails_its_puts_and_comes_back(tmp_path: Path) -> None:
         assert (w.root / "second").read_bytes() == b"3"
 
     run(tmp_path, body)
+
+
+def test_a_process_that_can_not_be_started_is_said_to_be_the_upload(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not a failure of the tier directory whose file was to be uploaded."""
+
+    async def body(w: World) -> None:
+        with monkeypatch.context() as patched:
+            patched.setattr("sys.executable", str(tmp_path / "nothing"))
+            with pytest.raises(UfsUnavailableError, match="can't be started"):
+                await w.put("f", b"1")
+        await w.put("f", b"2")
+        assert (w.root / "f").read_bytes() == b"2"
+
+    run(tmp_path, body)
