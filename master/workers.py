@@ -58,6 +58,7 @@ class Worker:
     """Of the monotonic clock."""
     is_ready: bool = False
     dirty_bytes: int = 0
+    counters: dict[str, int] = field(default_factory=dict)
     blocks: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
     """Container -> (bitmap of complete blocks, is dirty)."""
     block_count: int = 0
@@ -239,6 +240,7 @@ class WorkerRegistry:
         worker.seen_at_s = self._clock.monotonic()
         worker.tiers = request.tiers
         worker.dirty_bytes = request.dirty_bytes
+        worker.counters = request.counters
         for report in request.deltas:
             state = self._judge(worker, report)
             if state is not False and any(report.blocks):
@@ -334,6 +336,7 @@ class WorkerRegistry:
             worker.block_count,
             worker.dirty_bytes,
             worker.version,
+            worker.counters,
         )
 
     @staticmethod

@@ -155,6 +155,7 @@ class Reporter:
                     [slabs.report(container) for container in taken],
                     seals,
                     max(0, slabs.dirty_bytes),
+                    dict(slabs.counters),
                 )
             )
             is_heard = True

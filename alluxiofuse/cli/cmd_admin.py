@@ -50,6 +50,7 @@ def worker_json(worker: WorkerInfo) -> dict[str, Any]:
         "container_count": worker.container_count,
         "block_count": worker.block_count,
         "dirty_bytes": worker.dirty_bytes,
+        "counters": worker.counters,
         "tiers": [
             {
                 "alias": tier.alias,
@@ -112,4 +113,5 @@ def worker_lines(worker: WorkerInfo) -> list[str]:
     for tier in worker.tiers:
         used, capacity = format_size(tier.used_bytes), format_size(tier.capacity_bytes)
         lines.append(f"    {tier.alias}  {used} of {capacity}  {', '.join(tier.directories)}")
+    lines += [f"    {name} = {value}" for name, value in sorted(worker.counters.items()) if value]
     return lines

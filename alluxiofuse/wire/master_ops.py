@@ -34,6 +34,7 @@ from alluxiofuse.wire.types import (
     BlockReport,
     Caller,
     Command,
+    Counters,
     DirEntry,
     Event,
     FsUsage,
@@ -564,6 +565,8 @@ class WorkerHeartbeat(Request[Nothing]):
     deltas: Annotated[list[BlockReport], Meta(max_length=10_000)]
     orphan_seals: Annotated[list[OrphanSeal], Meta(max_length=10_000)]
     dirty_bytes: U63
+    counters: Counters = {}
+    """As in WorkerInfo."""
 
 
 class WorkerCommands(Request[list[Command]]):

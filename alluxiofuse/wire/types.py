@@ -8,6 +8,9 @@ from msgspec import Meta
 
 from alluxiofuse.wire.messages import U32, U63, Id, Ino, Message, Name, Ns, Path, Size, Text
 
+Counters = Annotated[dict[Annotated[str, Meta(max_length=64)], U63], Meta(max_length=256)]
+"""Name -> how often it happened since the process started."""
+
 # --- who asks -----------------------------------------------------------------------------------
 
 
@@ -139,6 +142,8 @@ class WorkerInfo(Message):
     block_count: U63
     dirty_bytes: U63
     version: Text = ""
+    counters: Counters = {}
+    """What happened at the worker: work done, failures, retries, what was dropped."""
 
 
 class BlockReport(Message):

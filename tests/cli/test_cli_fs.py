@@ -269,8 +269,12 @@ def test_admin_report(shared_local: LocalDaemon) -> None:
     assert worker["tiers"][0]["capacity_bytes"] == 1 << 30
     assert any("fuse" in name for name in found["sessions"])
     assert found["persist_failing"] == []
+    (shared_local.mount / "counted").write_bytes(b"x")
+    shared_local.wait_persisted("/counted")
+    wait_until(lambda: shared_local.report()["workers"][0]["counters"].get("uploads_done", 0) > 0, "counted")
     text = run_cli("admin", "report", "--master", shared_local.address).stdout
     assert "1 alive of 1" in text
+    assert "    uploads_done = " in text
     assert found["cluster_id"] in text
 
 
