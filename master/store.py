@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from rocksdict import Options, Rdict, WriteBatch
+import msgspec
+from rocksdict import AccessType, Options, Rdict, WriteBatch
 
 from alluxiofuse.errors import StateError, UserError
 from alluxiofuse.master.records import (
@@ -51,13 +52,25 @@ def u64(value: int) -> bytes:
     return value.to_bytes(8, "big")
 
 
+def decode_inode(ino: int, raw: bytes) -> InodeRecord:
+    """StateError: it is damaged."""
+    try:
+        return _inode_decoder.decode(raw)
+    except (msgspec.MsgspecError, ValueError):
+        raise StateError(f"the record of inode {ino} is damaged: stop, and run `alluxiofuse fsck`") from None
+
+
 class Store:
     """An open metadata store. Owned by one process (RocksDB's lock file)."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, is_readonly: bool = False) -> None:
         """Opens, and creates when the directory is empty or missing. UserError when another process
-        has it open, StateError when it is not a store of ours or a newer format."""
+        has it open, StateError when it is not a store of ours or a newer format.
+
+        `is_readonly`: changes nothing on disk, takes no lock of RocksDB's, and nothing can be
+        committed; the directory has to hold a store."""
         self.directory = directory
+        self._is_readonly = is_readonly
         self._reserved: dict[bytes, tuple[int, int]] = {}
         self.commit_count = 0
         self.on_commit: list[Callable[[], None]] = []
@@ -68,20 +81,27 @@ class Store:
         """Why nothing can be written at present."""
         self._sync_lock = threading.Lock()
         """Held by the thread that syncs, so that the store is not closed under it."""
-        _prepare(directory)
+        if not is_readonly:
+            _prepare(directory)
+        elif not (directory / "CURRENT").exists():
+            raise StateError(f"{directory} holds no metadata store")
         try:
             self._open()
         except Exception as exc:  # rocksdict raises bare Exception
-            if "lock" in str(exc).lower():
+            if "/LOCK: " in str(exc):
                 raise UserError(
                     f"{directory} is in use by another process: stop it or name another state directory"
                 ) from None
             raise StateError(f"{directory} can't be opened as a metadata store: {exc}") from None
-        self._check_format()
+        if not is_readonly:
+            self._check_format()
 
     def _open(self) -> None:
         families = {name: _options() for name in COLUMN_FAMILIES}
-        self._db: Any = Rdict(str(self.directory), options=_options(), column_families=families)
+        access = AccessType.read_only() if self._is_readonly else AccessType.read_write()
+        self._db: Any = Rdict(
+            str(self.directory), options=_options(), column_families=families, access_type=access
+        )
         self._cf = _Families(self)
         self._cf.update({name: self._db.get_column_family(name) for name in COLUMN_FAMILIES})
         self._handle = _Families(self)
@@ -100,20 +120,30 @@ class Store:
     # --- reading ----------------------------------------------------------------------------------
 
     def get(self, family: str, key: bytes) -> bytes | None:
-        value: bytes | None = self._cf[family].get(key)
+        """StateError, here and in all that reads: the disk gives nothing, or not what was written."""
+        try:
+            value: bytes | None = self._cf[family].get(key)
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._unreadable(exc) from None
         return value
 
     def inode(self, ino: int) -> InodeRecord | None:
-        value = self._cf["inode"].get(u64(ino))
-        return None if value is None else _inode_decoder.decode(value)
+        value = self.get("inode", u64(ino))
+        return None if value is None else decode_inode(ino, value)
 
     def child(self, parent: int, name: bytes) -> int | None:
-        value = self._cf["edge"].get(u64(parent) + name)
+        value = self.get("edge", u64(parent) + name)
         return None if value is None else int.from_bytes(value, "big")
+
+    def _unreadable(self, exc: Exception) -> Exception:
+        if type(exc) is not Exception:
+            return exc  # not of RocksDB
+        return StateError(f"the state directory {self.directory} can't be read: {exc}")
 
     def scan(self, family: str, prefix: bytes, after: bytes | None = None) -> Iterator[tuple[bytes, bytes]]:
         """(key without the prefix, value) in key order; `after`: strictly beyond prefix + after. A
-        snapshot as of the first item: changes made meanwhile are not seen."""
+        snapshot as of the first item: changes made meanwhile are not seen. StateError where the disk
+        gives nothing more: never a scan that just ends early."""
         iterator = self._cf[family].iter()
         self._scan_count += 1
         try:
@@ -125,6 +155,10 @@ class Store:
                     return
                 yield key[cut:], iterator.value()
                 iterator.next()
+            try:
+                iterator.status()
+            except Exception as exc:  # rocksdict raises bare Exception
+                raise self._unreadable(exc) from None
         finally:
             self._scan_count -= 1
 
@@ -306,7 +340,7 @@ class Transaction:
 
     def inode(self, ino: int) -> InodeRecord | None:
         value = self.get("inode", u64(ino))
-        return None if value is None else _inode_decoder.decode(value)
+        return None if value is None else decode_inode(ino, value)
 
     def put_inode(self, ino: int, record: InodeRecord) -> None:
         self.put("inode", u64(ino), encode(record))
@@ -408,4 +442,4 @@ def _prepare(directory: Path) -> None:
         raise StateError(f"{directory} holds other files and no metadata store: name an empty directory")
 
 
-__all__ = ["Store", "Transaction", "u64"]
+__all__ = ["Store", "Transaction", "decode_inode", "u64"]

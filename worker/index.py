@@ -153,7 +153,7 @@ class Index:
         try:
             self._db = Rdict(str(directory), options=_options())
         except Exception as exc:  # rocksdict raises bare Exception
-            if "lock" in str(exc).lower():
+            if "/LOCK: " in str(exc):
                 raise UserError(
                     f"{directory} is in use by another process: stop it or name another state directory"
                 ) from None
@@ -199,8 +199,15 @@ class Index:
     # --- slabs ------------------------------------------------------------------------------------
 
     def get(self, key: bytes) -> bytes | None:
-        value: bytes | None = self._db.get(key)
+        """StateError, here and in all that reads: the disk gives nothing, or not what was written."""
+        try:
+            value: bytes | None = self._db.get(key)
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._unreadable(exc) from None
         return value
+
+    def _unreadable(self, exc: Exception) -> StateError:
+        return StateError(f"the worker's index {self.directory} can't be read: {exc}")
 
     def record(self, container: int) -> SlabRecord | None:
         value = self.get(b"c" + u64(container))
@@ -276,6 +283,10 @@ class Index:
                 return
             yield key[len(prefix) :], iterator.value()
             iterator.next()
+        try:
+            iterator.status()  # never a scan that just ends early
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._unreadable(exc) from None
 
 
 def _by_chunk(pages: dict[int, int]) -> Iterator[tuple[int, list[int]]]:
