@@ -7,6 +7,7 @@ cancelled the connection closes; when the connection breaks the nursery does not
 from __future__ import annotations
 
 import errno
+import math
 import os
 import socket
 from typing import Any, TypeVar
@@ -29,6 +30,7 @@ from alluxiofuse.rpc.reconnecting import NotSentError, Reconnecting
 from alluxiofuse.rpc.wiresocket import WireSocket
 from alluxiofuse.wire import codec
 from alluxiofuse.wire.framing import (
+    ALIVE_S,
     HANDSHAKE_LIMITS,
     LIMITS,
     AnswerHeader,
@@ -41,6 +43,11 @@ from alluxiofuse.wire.messages import Request, result_type
 __all__ = ["Reconnecting", "NotSentError", "SocketConnection", "connect", "connect_tcp", "connect_unix"]
 
 CONNECT_TIMEOUT_S = 10.0
+LOOK_S = ALIVE_S
+MAX_QUIET_LOOKS = 4
+"""A loaded machine may be late with its signs of life."""
+MUCH_BYTES = 64 << 10
+"""More than many small requests: who takes so much is being sent a large one."""
 R = TypeVar("R")
 _result_types: dict[type[Request[Any]], Any] = {}
 
@@ -205,7 +212,10 @@ class _Call:
 
 
 class SocketConnection(Connection):
-    """A client's end of a TCP or Unix socket; made by `connect`."""
+    """A client's end of a TCP or Unix socket; made by `connect`.
+
+    A call takes as long as its handler does, but only while there is somebody: when calls wait, and
+    for some seconds not a byte comes and nothing large goes, the connection is over."""
 
     def __init__(
         self,
@@ -225,6 +235,16 @@ class SocketConnection(Connection):
         `_next_id` belongs to a cancelled call."""
         self._failure: PeerError | None = None
         """Why the connection is over."""
+        self._silence = trio.CancelScope()
+        """Around waiting for bytes; its deadline is the next look for signs of life, infinite while no
+        call waits."""
+        self._is_heard = False
+        """Bytes came since the last look."""
+        self._quiet_looks = 0
+        """How many looks in a row found no sign of life. Looks are counted, not seconds: time in which
+        this process itself was stopped does not speak against the other end."""
+        self._taken_bytes = 0
+        """What the other end had taken at the last look."""
         self.address = address
         self.cluster_id = cluster_id
         """The server's, "" when it did not know it yet."""
@@ -249,6 +269,8 @@ class SocketConnection(Connection):
         size = payload.nbytes if isinstance(payload, memoryview) else len(payload)
         head = encode_request(request_id, request.OP, request, size)
         self._next_id += 1
+        if not self._calls:
+            self._begin_to_wait()
         call = self._calls[request_id] = _Call()
         try:
             await self._wire.send((head, payload) if size else (head,))
@@ -297,23 +319,54 @@ class SocketConnection(Connection):
     async def read_all(self) -> None:
         """The reading task, started by `connect`: hands answers to their calls until the end."""
         try:
+            deadline = math.inf
             while True:
-                # Frames that came with the last bytes of the handshake are there already.
-                while (frame := self._wire.next_frame()) is not None:
-                    header = decode_answer_header(frame.header)
-                    fds = self._wire.take_fds(header.fd_count)
-                    self._on_answer(header, frame.payload, fds)
-                await self._wire.receive()
+                with trio.CancelScope(deadline=deadline) as self._silence:
+                    await self._take_answers()
+                deadline = self._look()
         except PeerError as exc:
             self._fail(exc)
         finally:
             self._fail(ConnectionLost("the connection was closed"))
 
+    async def _take_answers(self) -> None:
+        """Cancelled: what came was handed out."""
+        while True:
+            # Frames that came with the last bytes of the handshake are there already.
+            while (frame := self._wire.next_frame()) is not None:
+                header = decode_answer_header(frame.header)
+                fds = self._wire.take_fds(header.fd_count)
+                self._on_answer(header, frame.payload, fds)
+            await self._wire.receive()
+            self._is_heard = True
+
+    def _begin_to_wait(self) -> None:
+        self._quiet_looks = 0
+        if self._silence.deadline == math.inf:
+            self._silence.deadline = trio.current_time() + LOOK_S
+
+    def _look(self) -> float:
+        """For a sign of life; when to look again. ConnectionLost: there was none for too long."""
+        if not self._calls:
+            return math.inf
+        is_alive = self._takes_much() or self._is_heard
+        self._is_heard = False
+        self._quiet_looks = 0 if is_alive else self._quiet_looks + 1
+        if self._quiet_looks >= MAX_QUIET_LOOKS:
+            raise ConnectionLost(f"no sign of life for {MAX_QUIET_LOOKS * LOOK_S:g} s")
+        return trio.current_time() + LOOK_S
+
+    def _takes_much(self) -> bool:
+        """A large request is on its way on a slow line, and gets on."""
+        before, (self._taken_bytes, waiting) = self._taken_bytes, self._wire.progress()
+        progress = self._taken_bytes - before
+        return progress >= MUCH_BYTES or bool(progress and waiting)
+
     def _on_answer(self, header: AnswerHeader, payload: Buffer, fds: list[int]) -> None:
         call = self._calls.pop(header.id, None)
         if call is None:
             _close_all(fds)
-            if not 0 < header.id < self._next_id:
+            if not 0 <= header.id < self._next_id:
                 raise ProtocolError("an answer to a request that was never made")
             return
         call.header, call.payload, call.fds = header, payload, fds

@@ -16,15 +16,15 @@ from alluxiofuse.rpc.address import MAX_UNIX_PATH_BYTES, TcpAddress
 
 BACKLOG = 512
 _UCRED = struct.Struct("3i")
-KEEPALIVE_IDLE_S = 30
-KEEPALIVE_INTERVAL_S = 10
-KEEPALIVE_COUNT = 6
-UNACKNOWLEDGED_MS = 120_000
+KEEPALIVE_IDLE_S = 10
+KEEPALIVE_INTERVAL_S = 5
+KEEPALIVE_COUNT = 4
+UNACKNOWLEDGED_MS = 30_000
 """A peer that takes nothing of what we sent for this long is gone (TCP_USER_TIMEOUT)."""
 
 
 def tune_tcp(sock: socket.socket) -> None:
-    """No waiting for more to send; notice a peer whose machine is gone within two minutes."""
+    """No waiting for more to send; notice a peer whose machine is gone within half a minute."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, KEEPALIVE_IDLE_S)

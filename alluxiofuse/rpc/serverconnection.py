@@ -19,7 +19,14 @@ from alluxiofuse.rpc.service import (
     release,
 )
 from alluxiofuse.rpc.wiresocket import WireSocket
-from alluxiofuse.wire.framing import Frame, decode_request_header, encode_answer, encode_error
+from alluxiofuse.wire.framing import (
+    ALIVE,
+    ALIVE_S,
+    Frame,
+    decode_request_header,
+    encode_answer,
+    encode_error,
+)
 
 MAX_IN_FLIGHT = 256
 """Coroutine handlers of one connection at one time; at this number we stop reading."""
@@ -62,6 +69,7 @@ class ServerConnection:
         self._in_flight_bytes = 0
         self._has_room = trio.Event()
         """Set when a coroutine handler ended, for the reading task if it waits."""
+        self._is_showing_life = False
 
     async def run(self) -> None:
         """Until the peer leaves, sends garbage, or we are cancelled. All handlers have ended and
@@ -106,6 +114,9 @@ class ServerConnection:
         self._in_flight += 1
         self._in_flight_bytes += size
         nursery.start_soon(self._finish_later, request.id, request.method, result, size)
+        if not self._is_showing_life:
+            self._is_showing_life = True
+            nursery.start_soon(self._show_life)
         if self._is_full():
             await self._send_batch()
         while self._is_full():
@@ -114,6 +125,18 @@ class ServerConnection:
 
     def _is_full(self) -> bool:
         return self._in_flight >= MAX_IN_FLIGHT or self._in_flight_bytes > MAX_IN_FLIGHT_BYTES
+
+    async def _show_life(self) -> None:
+        """While coroutine handlers run, tell the client now and then that somebody is there."""
+        try:
+            await trio.sleep(ALIVE_S)
+            while self._in_flight:
+                await self._wire.send([ALIVE])
+                await trio.sleep(ALIVE_S)
+        except ConnectionLost:
+            pass  # The reading task sees it too.
+        finally:
+            self._is_showing_life = False
 
     async def _finish_later(self, request_id: int, method: str, result: Any, size: int) -> None:
         try:

@@ -7,8 +7,11 @@ a small request then costs one wake-up at either end, and nothing else in betwee
 from __future__ import annotations
 
 import array
+import fcntl
 import os
 import socket
+import sys
+import termios
 from collections import deque
 from collections.abc import Iterable, Sequence
 
@@ -120,6 +123,15 @@ class WireSocket:
         return [self._fds.popleft() for _ in range(count)]
 
     # --- sending ----------------------------------------------------------------------------------
+
+    def progress(self) -> tuple[int, int]:
+        """(bytes that the other machine has taken so far, bytes on their way to it), without ranges
+        of files; of a Unix socket, that the other process has taken. tcp(7), SIOCOUTQ."""
+        if self.is_closed:
+            return self._sent_bytes, 0
+        answer = fcntl.ioctl(self._sock, termios.TIOCOUTQ, bytes(4))
+        waiting = int.from_bytes(answer, sys.byteorder)
+        return self._sent_bytes - waiting, waiting
 
     @property
     def is_mid_send(self) -> bool:

@@ -5,7 +5,11 @@
 Lengths are little-endian. The header of a request is `[id, method, arguments]`, of an answer
 `[id, error or nil, result]` with error = `[code, errno, message]`. A fourth element, when there,
 is the number of file descriptors that travel with the frame's first byte (Unix sockets only).
-Ids are chosen by the client, ascending; answers may come in any order.
+Ids are chosen by the client, ascending from 1; answers may come in any order.
+
+An answer with id 0 answers nothing: it is a sign of life. A server sends one every `ALIVE_S` while
+it works at requests of the connection, so a client that waits for answers and gets not a byte for
+several times that knows that nobody works for it: the other end is stopped, hangs, or is cut off.
 
 What a receiver refuses with ProtocolError (the stream cannot be trusted any more, so the
 connection dies): a length over the limit, an empty header, a header of another shape. What it
@@ -33,6 +37,7 @@ MAX_HEADER_BYTES: Final = 4 << 20
 MAX_PAYLOAD_BYTES: Final = MAX_IO_BYTES + (64 << 10)
 MAX_FDS: Final = 4
 """Most descriptors that travel with one frame."""
+ALIVE_S: Final = 2.0
 RECEIVE_BYTES: Final = 64 << 10
 """What one read asks for while no large payload is under way."""
 SMALL_ROOM_BYTES: Final = 4096
@@ -115,6 +120,10 @@ def encode_error(request_id: int, error: AlluxioFuseError) -> bytes:
     # A name that is not UTF-8 may sit in the message as lone surrogates, which msgpack cannot hold.
     safe = message.encode("utf-8", "backslashreplace").decode()[:MAX_MESSAGE_CHARS]
     return _head(codec.encode((request_id, (code, errno, safe), None)), 0)
+
+
+ALIVE: Final = encode_answer(0, None)
+"""A whole frame: a sign of life."""
 
 
 def decode_request_header(header: bytes) -> RequestHeader:

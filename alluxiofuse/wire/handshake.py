@@ -44,7 +44,7 @@ from alluxiofuse.wire.framing import (
 )
 from alluxiofuse.wire.messages import NOTHING, Message, Nothing
 
-PROTOCOL_VERSION: Final = 1
+PROTOCOL_VERSION: Final = 2
 NONCE_BYTES: Final = 32
 MIN_SECRET_BYTES: Final = 16
 HELLO_OP: Final = "hello"

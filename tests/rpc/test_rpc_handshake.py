@@ -105,12 +105,15 @@ def test_foreign_cluster_is_refused_by_the_client() -> None:
 
 def test_other_version_is_named_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     client = ClientHandshake(Security(SECRET), "master", uses_secret=True)
-    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", 2)
+    ours = handshake.PROTOCOL_VERSION
+    monkeypatch.setattr(handshake, "PROTOCOL_VERSION", ours + 1)
     server = ServerHandshake(Security(SECRET), "master", uses_secret=True)
-    with pytest.raises(ProtocolError, match="version 1, the server 2: install the same release"):
+    with pytest.raises(
+        ProtocolError, match=f"version {ours}, the server {ours + 1}: install the same release"
+    ):
         shake(client, server)
-    answer = Welcome(3, "", bytes(32), False, b"")
-    with pytest.raises(ProtocolError, match="version 3, this client 2"):
+    answer = Welcome(ours + 2, "", bytes(32), False, b"")
+    with pytest.raises(ProtocolError, match=f"version {ours + 2}, this client {ours + 1}"):
         client.receive(body(encode_answer(0, answer)))
 
 
