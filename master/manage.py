@@ -40,6 +40,8 @@ from alluxiofuse.wire.types import EVENT_DATA, EVENT_FREED, Attr, Caller, Event
 
 FREE_PATIENCE_S = 5.0
 _POLL_S = 0.05
+_FREE_BATCH = 1000
+"""Containers of one command."""
 _STEPS_PER_CHECKPOINT = 500
 MAX_HURRIED = 10_000
 
@@ -120,6 +122,7 @@ class Management:
             raise FsError(errno.EISDIR, "it is a directory: free it recursively")
         result = master_ops.FreeResult(0, 0, 0)
         freed: list[int] = []
+        told: list[int] = []
         seq = parts.events.seq
         async for ino, record in self._walk(top.ino):
             if not stat.S_ISREG(record.mode) or not record.container:
@@ -129,14 +132,18 @@ class Management:
                 continue
             result.file_count += 1
             result.in_use_count += parts.sessions.is_open(ino)
-            if parts.workers.free_clean([record.container]):
-                freed.append(record.container)
+            freed.append(record.container)
+            if len(freed) % _FREE_BATCH == 0:
+                told = parts.workers.free_clean(freed[-_FREE_BATCH:])
             seq = parts.events.publish(
                 0, Event(EVENT_DATA, ino), Event(EVENT_FREED, ino, b"", record.container)
             )
+        if rest := len(freed) % _FREE_BATCH:
+            told = parts.workers.free_clean(freed[-rest:])
+        workers = parts.workers
         with trio.move_on_after(FREE_PATIENCE_S):
             await parts.events.wait_acknowledged(seq, FREE_PATIENCE_S)
-            while any(map(parts.workers.holders, freed)):  # noqa: ASYNC110 - heartbeats tell, once a second
+            while any(map(workers.pending_commands, told)) or any(map(workers.holders, freed)):  # noqa: ASYNC110 - heartbeats tell, once a second
                 await trio.sleep(_POLL_S)
         return result
 

@@ -7,7 +7,7 @@ Owned by the master's one thread; only `commands` awaits.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import trio
@@ -154,13 +154,12 @@ class WorkerRegistry:
                 worker.put_report(BlockReport(container, b"", False))
                 worker.has_commands.set()
 
-    def free_clean(self, containers: Iterable[int]) -> set[int]:
-        """Tell all who have one of these clean containers to drop it; the workers that were told."""
-        told = set()
-        for container in containers:
-            for worker_id in self.holders(container):
-                self.send(worker_id, FreeCommand([container], keep_dirty=True))
-                told.add(worker_id)
+    def free_clean(self, containers: list[int]) -> list[int]:
+        """Tell the workers to drop these containers (at most a command's number of them) where they
+        are clean: all workers, since pages that fill no block are not reported. Those that were told."""
+        told = self.alive()
+        for worker_id in told:
+            self.send(worker_id, FreeCommand(containers, keep_dirty=True))
         return told
 
     def mark_clean(self, container: int, also: int = 0) -> None:

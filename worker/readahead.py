@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-FIRST_WINDOW_PAGES = 2
+FIRST_WINDOW_PAGES = 8
+"""One range as under storages like them; a whole small file."""
+GROWTH = 4
 REORDER_PAGES = 16
 """How far behind the newest access one may be and still belong to the same sequential reader: the
 kernel has several requests of its read-ahead under way, which arrive in any order."""
@@ -13,8 +15,8 @@ _BULK_BYTES = 128 << 10
 class ReadAhead:
     """Sees the page ranges that one reader misses and answers what to fetch beyond them.
 
-    The window doubles with each step of a sequential reader, up to `limit_pages`, and is divided by
-    four by each jump. A single small access never fetches more than its own pages.
+    The window grows by `GROWTH` with each step of a sequential reader, up to `limit_pages`, and
+    shrinks as much by each jump. A single small access never fetches more than its own pages.
     """
 
     __slots__ = ("end", "seen", "window")
@@ -39,12 +41,12 @@ class ReadAhead:
         )
         self.seen = max(end, 1)
         if not is_sequential:
-            self.window //= 4
+            self.window //= GROWTH
             self.end = end
             return end, end
         ahead = max(self.end, end)
         if ahead - end > self.window // 2:
             return end, end
-        self.window = min(limit_pages, max(FIRST_WINDOW_PAGES, self.window * 2))
+        self.window = min(limit_pages, max(FIRST_WINDOW_PAGES, self.window * GROWTH))
         self.end = max(ahead, end + self.window)
         return ahead, self.end

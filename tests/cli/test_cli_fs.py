@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,26 @@ def test_free_and_load(shared_local: LocalDaemon, place: str) -> None:
     assert shared_local.fs("load", place) == "loaded 3 file(s), 4.3 MiB\n"
     wait_until(lambda: cached() == [True, True, True], "the next heartbeat tells the master")
     assert (here / "f0").read_bytes() == b"x" * 1_500_000
+
+
+def test_free_of_a_file_that_is_cached_in_part(
+    local_daemon: Callable[..., LocalDaemon], tmp_path: Path
+) -> None:
+    """No whole block of it is anywhere, so the master doesn't know who has pages."""
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "f").write_bytes(bytes(range(256)) * (90 << 12))
+    site = local_daemon(source)
+
+    def used_bytes() -> int:
+        return sum(tier["used_bytes"] for worker in site.report()["workers"] for tier in worker["tiers"])
+
+    with open(site.mount / "f", "rb", buffering=0) as file:
+        file.seek(70 << 20)
+        assert file.read(4096)[:2] == b"\0\1"
+    wait_until(lambda: used_bytes() > 0, "a heartbeat tells of the pages")
+    site.fs("free", "/f")
+    wait_until(lambda: used_bytes() == 0, "they are gone")
 
 
 def test_persist(shared_local: LocalDaemon, place: str) -> None:
