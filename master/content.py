@@ -37,6 +37,8 @@ class Workers(Protocol):
 
     def is_alive(self, worker_id: int) -> bool: ...
 
+    def was_heard_lately(self, worker_id: int) -> bool: ...
+
     def holders(self, container: int) -> list[int]: ...
 
     def has_container(self, worker_id: int, container: int) -> bool: ...
@@ -165,14 +167,18 @@ class Content:
         tx = self._store.transaction()
         record = self._file(tx, req.ino)
         self._namespace.require_writable(record)
-        if record.home:
+        if record.home and not (req.truncate and not self._workers.was_heard_lately(record.home)):
             self._require_alive(record.home, req.ino)
             self._sessions.add_writer(req.session_id, req.ino, record.container)
             layout = self.layout(req.ino, record)
             layout.is_joined = True
             return layout
-        record.home = self._choose_home(req, record)
-        record.base_container, record.base_size = record.container, record.size
+        if record.home:
+            self._forget_open(tx, req.ino, record)
+            record.home = self._workers.choose_home(req.home)
+        else:
+            record.home = self._choose_home(req, record)
+            record.base_container, record.base_size = record.container, record.size
         record.container = new_container(self._store)
         give_container(tx, record.container, req.ino)
         record.mtime_set_at_ns = 0
@@ -185,6 +191,14 @@ class Content:
         self._sessions.add_writer(req.session_id, req.ino, record.container)
         self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
         return self.layout(req.ino, record)
+
+    def _forget_open(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
+        """What is being written at a silent home is not wanted any more; those who write it are told at
+        their next commit. The base stays what it was."""
+        container, home = record.container, record.home
+        forget_container(tx, container)
+        tx.after_commit(partial(self._sessions.clear_writers, ino, container))
+        tx.after_commit(partial(self._workers.drop_container, container, home))
 
     def _file(self, tx: Transaction, ino: int) -> InodeRecord:
         record = self._tree.record(tx, ino)

@@ -100,7 +100,9 @@ class Master:
         persist_log = PersistLog(store, mounts, wall_ns=clock.now_ns)
         tree = Tree(store, persist_log, sessions.is_open, workers.drop_container, clock)
         loader = UfsLoader(store, mounts, persist_log, tree, events, workers, clock, config.block_bytes)
-        namespace = self.namespace = Namespace(store, tree, Gate(loader), clock, mounts.is_readonly)
+        namespace = self.namespace = Namespace(
+            store, tree, Gate(loader), clock, mounts.is_readonly, workers.is_away
+        )
         changes = Changes(namespace, persist_log, events)
         content = self._content = Content(
             namespace, changes, sessions, workers, persist_log, events, config.block_bytes

@@ -22,7 +22,7 @@ from alluxiofuse.master.tree import Tree
 from alluxiofuse.master.validate import problems
 from alluxiofuse.wire.master_ops import DirPage, Unlinked
 from alluxiofuse.wire.messages import NOTHING, Nothing
-from alluxiofuse.wire.types import NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
+from alluxiofuse.wire.types import LOST, NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
 
 MAX_SYMLINKS = 40
 """Followed in one path, as in Linux (path_resolution(7))."""
@@ -36,7 +36,14 @@ def check_name(name: bytes) -> None:
         raise FsError(errno.EINVAL)
 
 
-def persistence(record: InodeRecord) -> int:
+IsAway = Callable[[int, int], bool]
+"""(worker id, container): the worker is lost, or came back without what it had."""
+
+
+def persistence(record: InodeRecord, is_away: IsAway) -> int:
+    holder = record.home or record.held_by
+    if holder and record.size and not is_clean(record) and is_away(holder, record.container):
+        return LOST
     if record.is_local_only:
         return NOT_PERSISTED
     return PERSISTED if is_clean(record) and record.location is None else TO_BE_PERSISTED
@@ -50,8 +57,10 @@ class Namespace:
         gate: Gate,
         clock: Clock,
         is_readonly: Callable[[int], bool],
+        is_away: IsAway,
     ) -> None:
         """`is_readonly(mount_id)`."""
+        self._is_away = is_away
         self.store = store
         self.tree = tree
         self.gate = gate
@@ -76,7 +85,7 @@ class Namespace:
             r.btime_ns,
             r.container,
             r.home,
-            persistence(r),
+            persistence(r, self._is_away),
             r.mount_id,
             self._cache_s(r),
         )

@@ -367,9 +367,11 @@ class Persister:
         worker_id = self._holder(record.container, record.held_by)
         if not worker_id:
             self._no_worker[job.ino] = None
-            patience_s = self._built_s + WORKER_PATIENCE_S - now
+            is_back = self._workers.is_alive(record.held_by)
+            patience_s = 0.0 if is_back else self._built_s + WORKER_PATIENCE_S - now
             if patience_s <= 0:
-                message = f"its only copy is on worker {record.held_by}, which is not running"
+                what = "came back without it" if is_back else "is not running"
+                message = f"its only copy is on worker {record.held_by}, which {what}"
                 self._warn(job.ino, self._failures.note(job.ino, message))
             self._queue.put(job.ino, now + (patience_s if patience_s > 0 else MAX_RETRY_S))
             return
@@ -395,7 +397,7 @@ class Persister:
 
     def _holder(self, container: int, held_by: int) -> int:
         """An alive worker that has the bytes; 0: none."""
-        if self._workers.is_alive(held_by):
+        if not self._workers.is_away(held_by, container):
             return held_by
         holders = self._workers.holders(container)
         return holders[0] if holders else 0

@@ -15,7 +15,7 @@ import trio
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError
 from alluxiofuse.master.clock import Clock
-from alluxiofuse.master.containers import owner
+from alluxiofuse.master.containers import new_container, owner
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.wire.master_ops import (
     BlocksAccepted,
@@ -67,6 +67,8 @@ class Worker:
     queue: deque[Command] = field(default_factory=deque)
     has_commands: trio.Event = field(default_factory=trio.Event)
     """Set while there is something to fetch; replaced when all was taken."""
+    known_containers: int = 0
+    """Container ids below this were given before it registered, so its full report names those it has."""
     answered_at_s: float = -1.0
     """When commands were last fetched, on trio's clock."""
 
@@ -108,9 +110,9 @@ class WorkerRegistry:
     def choose_home(self, preferred: int) -> int:
         """`preferred` when it was heard lately, else the one of these with most room. UnavailableError
         when there is none: new content is given to nobody who may have died a moment ago."""
-        if self._was_heard_lately(preferred):
+        if self.was_heard_lately(preferred):
             return preferred
-        candidates = [worker_id for worker_id in self.alive() if self._was_heard_lately(worker_id)]
+        candidates = [worker_id for worker_id in self.alive() if self.was_heard_lately(worker_id)]
         if not candidates:
             raise UnavailableError("no worker is running: start one")
         return max(candidates, key=lambda worker_id: self._workers[worker_id].room_bytes)
@@ -213,6 +215,7 @@ class WorkerRegistry:
         self._workers[worker_id] = Worker(
             address, request.tiers, request.version, epoch, self._clock.monotonic()
         )
+        self._workers[worker_id].known_containers = new_container(self._store)
         if known:
             self._tell(self.on_lost, worker_id)
         return Registration(worker_id, epoch, self._config.worker_heartbeat_s)
@@ -295,6 +298,20 @@ class WorkerRegistry:
         worker = self._workers.get(worker_id)
         return worker is not None and container in worker.blocks
 
+    def is_away(self, worker_id: int, container: int) -> bool:
+        """What this worker alone had can't be had now: it is lost, or came back without it."""
+        if not self.is_alive(worker_id):
+            return True
+        worker = self._workers[worker_id]
+        return container not in worker.blocks and container < worker.known_containers
+
+    def was_heard_lately(self, worker_id: int) -> bool:
+        """It may be given new content; what can do without it need not wait for it."""
+        if not self.is_alive(worker_id):
+            return False
+        silence_s = self._clock.monotonic() - self._workers[worker_id].seen_at_s
+        return silence_s < HOME_HEARTBEATS * self._config.worker_heartbeat_s
+
     def _known(self, worker_id: int, epoch: int) -> Worker:
         worker = self._workers.get(worker_id)
         if worker is None or worker.epoch != epoch or not epoch:
@@ -303,12 +320,6 @@ class WorkerRegistry:
 
     def _is_silent(self, worker: Worker) -> bool:
         return self._clock.monotonic() - worker.seen_at_s >= self._config.worker_timeout_s
-
-    def _was_heard_lately(self, worker_id: int) -> bool:
-        if not self.is_alive(worker_id):
-            return False
-        silence_s = self._clock.monotonic() - self._workers[worker_id].seen_at_s
-        return silence_s < HOME_HEARTBEATS * self._config.worker_heartbeat_s
 
     def _worker_id(self, uuid: str) -> int:
         try:

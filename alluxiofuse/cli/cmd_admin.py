@@ -14,6 +14,9 @@ from alluxiofuse.units import format_size
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import WorkerInfo
 
+SILENT_MS = 10_000
+"""A worker not heard of for so long gets no new content (10 heartbeats of a second)."""
+
 
 @click.group()
 def admin() -> None:
@@ -105,6 +108,8 @@ def worker_lines(worker: WorkerInfo) -> list[str]:
         f"{address.host}:{address.port}" if address.port else address.unix_path or "in the master's process"
     )
     state = "alive" if worker.is_alive else "LOST"
+    if worker.is_alive and worker.last_heartbeat_ms_ago > SILENT_MS:
+        state = "silent"
     lines = [
         f"  {address.worker_id} {address.hostname} {where}: {state}, "
         f"heard {worker.last_heartbeat_ms_ago} ms ago, {worker.block_count} block(s), "

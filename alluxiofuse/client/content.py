@@ -166,11 +166,15 @@ class Content:
             except NoSpaceError:
                 await self._abandon(writing)
                 raise
-            except StaleError:
-                # Another client has just sealed what we were to join; the master hears of it soon.
-                self._unassign()
+            except StaleError as exc:
+                # Another client has just sealed what we were to join, and the master hears of it soon; or
+                # the worker came back without what we were to change.
+                if writing.is_joined or writing.is_empty:
+                    self._unassign()
+                else:
+                    await self._abandon(writing)
                 if trio.current_time() + _RETRY_S > deadline:
-                    raise
+                    raise UnavailableError(f"the only copy of the content is gone: {exc.message}") from None
             await trio.sleep(_RETRY_S)
 
     def _unassign(self) -> None:

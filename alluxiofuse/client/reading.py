@@ -159,11 +159,16 @@ class _Attempts:
             raise StaleError("the file was replaced in the under storage while it was read")
 
     async def _stale(self, exc: StaleError) -> None:
-        self._count_stale(exc)
+        layout = self._content.layout
+        error: AlluxioFuseError = exc
+        if layout.source is None and not layout.home:
+            # Nobody else can have it: a worker that came back without its slabs.
+            error = UnavailableError(f"the only copy of the content is gone: {exc.message}")
+        self._count_stale(error)
         self._discard_slab()
         await self._content.refresh()
 
-    def _count_stale(self, exc: StaleError) -> None:
+    def _count_stale(self, exc: AlluxioFuseError) -> None:
         self._stale_count += 1
         if self._stale_count > _MAX_STALE:
             raise exc

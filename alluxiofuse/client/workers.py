@@ -23,7 +23,10 @@ this is `MIN_REFRESH_S`."""
 MIN_REFRESH_S = 0.25
 LATELY_S = 30.0
 DOWN_S = 1.0
-"""For how long a worker that could not be reached is not tried again, where another one can serve."""
+"""A worker that could not be reached is dialled again after this, then after ever longer pauses."""
+MAX_DOWN_S = 5.0
+DIAL_S = 5.0
+"""How long connecting may take, if patience is not shorter."""
 
 
 class WorkerPool:
@@ -58,7 +61,9 @@ class WorkerPool:
         self._listing = trio.Lock()
         self._connections: dict[int, Connection] = {}
         self._dialling: dict[int, trio.Lock] = {}
-        self._down_until: dict[int, float] = {}
+        self._down: dict[int, float] = {}
+        """Workers that could not be reached, and when that was seen last. A task dials each again (see
+        `_revive`); until it succeeds nobody else waits for them where another one can serve."""
         self._nursery: trio.Nursery | None = None
 
     def add_in_process(self, worker_id: int, connection: Connection) -> None:
@@ -90,9 +95,8 @@ class WorkerPool:
         for worker_id, connection in self._in_process.items():
             if not connection.is_closed:
                 return worker_id
-        now = trio.current_time()
         for worker_id, info in self._infos.items():
-            if self._is_local(info.address) and not self._is_down(worker_id, now):
+            if self._is_local(info.address) and worker_id not in self._down:
                 return worker_id
         return 0
 
@@ -105,13 +109,9 @@ class WorkerPool:
     def _is_local(self, address: WorkerAddress) -> bool:
         return bool(address.unix_path) and address.hostname == self.hostname
 
-    def _is_down(self, worker_id: int, now: float) -> bool:
-        return self._down_until.get(worker_id, now) > now
-
     def _is_heard_again(self, worker_id: int, info: WorkerInfo) -> bool:
         """The master heard of it after it had failed us: it was started again."""
-        failed_at = self._down_until[worker_id] - DOWN_S
-        return self._listed_at - info.last_heartbeat_ms_ago / 1000 > failed_at
+        return self._listed_at - info.last_heartbeat_ms_ago / 1000 > self._down[worker_id]
 
     def _is_reachable(self, address: WorkerAddress) -> bool:
         """There is a way to it from this machine."""
@@ -130,12 +130,11 @@ class WorkerPool:
         return found
 
     def _roomiest(self) -> int:
-        now = trio.current_time()
         rooms = {
             worker_id: sum(tier.capacity_bytes - tier.used_bytes for tier in info.tiers)
             for worker_id, info in self._infos.items()
             if self._is_reachable(info.address)
-            and (not self._is_down(worker_id, now) or self._is_heard_again(worker_id, info))
+            and (worker_id not in self._down or self._is_heard_again(worker_id, info))
         }
         return max(rooms, key=rooms.__getitem__, default=0)
 
@@ -148,15 +147,14 @@ class WorkerPool:
         has_local = local != 0 and local not in excluded
         if has_local and (layout.source is not None or local in layout.workers or not layout.workers):
             return local
-        now = trio.current_time()
         holders = [one for one in layout.workers if one not in excluded]
         for worker_id in holders:
-            if not self._is_down(worker_id, now):
+            if worker_id not in self._down:
                 return worker_id
         if layout.source is None and holders:
             return holders[0]
         for worker_id, info in self._infos.items():
-            is_usable = self._is_reachable(info.address) and not self._is_down(worker_id, now)
+            is_usable = self._is_reachable(info.address) and worker_id not in self._down
             if is_usable and worker_id not in excluded:
                 return worker_id
         return 0
@@ -203,11 +201,11 @@ class WorkerPool:
             try:
                 self._connections[worker_id] = connection = await self._dial(worker_id)
             except PeerError as exc:
-                self._down_until[worker_id] = trio.current_time() + DOWN_S
+                self._note_down(worker_id)
                 if isinstance(exc, UnavailableError):
                     raise UnavailableError(f"worker {worker_id}: {exc.message}") from None
                 raise
-            self._down_until.pop(worker_id, None)
+            self._down.pop(worker_id, None)
             return connection
 
     async def _dial(self, worker_id: int) -> Connection:
@@ -227,7 +225,7 @@ class WorkerPool:
                         address.unix_path,
                         role="worker",
                         security=self._security,
-                        timeout_s=self._patience_s,
+                        timeout_s=min(self._patience_s, DIAL_S),
                     ),
                 )
             except PeerError as exc:
@@ -242,7 +240,7 @@ class WorkerPool:
             address.port,
             role="worker",
             security=self._security,
-            timeout_s=self._patience_s,
+            timeout_s=min(self._patience_s, DIAL_S),
         )
         return await self._checked(worker_id, connection)
 
@@ -259,6 +257,26 @@ class WorkerPool:
         return connection
 
     def failed(self, worker_id: int) -> None:
-        """A call to this worker failed by its connection: others first for a moment."""
-        self._down_until[worker_id] = trio.current_time() + DOWN_S
+        """A call to this worker failed by its connection: others first, until it is reached again."""
+        self._note_down(worker_id)
         self._listed_at = float("-inf")
+
+    def _note_down(self, worker_id: int) -> None:
+        if self._nursery is not None:
+            if worker_id not in self._down:
+                self._nursery.start_soon(self._revive, worker_id)
+            self._down[worker_id] = trio.current_time()
+
+    async def _revive(self, worker_id: int) -> None:
+        """Dial it until it answers, or the master counts it as lost; nobody has to wait for that."""
+        pause_s = DOWN_S
+        while worker_id in self._down:
+            await trio.sleep(pause_s)
+            pause_s = min(MAX_DOWN_S, 2 * pause_s)
+            try:
+                await self.connection(worker_id)
+            except AlluxioFuseError as exc:
+                log.debug("worker %d is still away: %s", worker_id, exc)
+                if worker_id in self._infos:
+                    continue
+            self._down.pop(worker_id, None)

@@ -37,7 +37,7 @@ TO_BE_PERSISTED = 1
 """Its current content or name is not in the under storage yet; an entry in the persist log says so."""
 PERSISTED = 2
 LOST = 3
-"""The only copy was on a worker that is gone."""
+"""The only copy is on a worker that is lost, or that came back without it. With the copy it comes back."""
 
 PERSISTENCE_NAMES = ("NOT_PERSISTED", "TO_BE_PERSISTED", "PERSISTED", "LOST")
 

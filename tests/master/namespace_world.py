@@ -86,7 +86,9 @@ class World:
             self.store, self.persist_log, self.sessions.is_open, self.workers.drop_container, self.clock
         )
         gate = Gate(NothingToLoad())
-        self.namespace = Namespace(self.store, self.tree, gate, self.clock, self.mounts.is_readonly)
+        self.namespace = Namespace(
+            self.store, self.tree, gate, self.clock, self.mounts.is_readonly, lambda worker, container: False
+        )
         self.changes = Changes(self.namespace, self.persist_log, self.events)
         self.xattrs = Xattrs(self.namespace, self.events)
         self.content = Content(

@@ -1,0 +1,262 @@
+"""Workers that are paused, killed, gone, back, emptied, copied; what programs on a mount see."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from daemons import Cluster, Daemon
+from servers import wait_until
+
+PATIENCE_S = 2
+ENV = {
+    "ALLUXIOFUSE_CLIENT_PATIENCE_S": f"{PATIENCE_S}s",
+    "ALLUXIOFUSE_WORKER_SESSION_GRACE_S": "3s",
+}
+DIRTY = {**ENV, "ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
+"""What is written stays on its worker until somebody asks for its upload."""
+BOUND_S = 60.0
+"""Far more than any wait here may take; a hang is what is looked for."""
+
+READ = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDONLY)
+os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+try:
+    while chunk := os.read(fd, 1 << 20):
+        sys.stdout.buffer.write(chunk)
+        sys.stdout.buffer.flush()
+except OSError as exc:
+    sys.exit(exc.errno)
+"""
+
+
+def read(path: Path) -> bytes | int:
+    """All of a file, past the kernel's cache, or the errno. In a process of its own: a hang is an
+    error and not the end of the tests."""
+    done = subprocess.run(
+        [sys.executable, "-c", READ, str(path)], capture_output=True, timeout=BOUND_S, check=False
+    )
+    assert done.returncode >= 0, done
+    assert not done.stderr, done.stderr.decode()
+    return done.stdout if done.returncode == 0 else done.returncode
+
+
+def content(tag: str, size: int = 300_000) -> bytes:
+    line = f"{tag} ".encode() * 64
+    return (line * (size // len(line) + 1))[:size]
+
+
+def holder_of(site: Cluster, path: str) -> Daemon:
+    """The worker that has the file's blocks."""
+    found: list[str] = []
+
+    def is_reported() -> bool:
+        found[:] = [one["hostname"] for one in site.fs_json("location", path)[0]["cached"]]
+        return bool(found)
+
+    wait_until(is_reported, f"a worker reports {path}")
+    return site.workers[int(found[0][1:]) - 1]
+
+
+@contextmanager
+def paused(daemon: Daemon) -> Iterator[None]:
+    """Stopped by SIGSTOP: its sockets live, and nobody answers."""
+    os.kill(daemon.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(daemon.pid, signal.SIGCONT)
+
+
+def test_a_paused_worker(cluster: Callable[..., Cluster]) -> None:
+    """Half alive: it accepts connections and takes requests. What others have is read from them; what
+    it alone has is EIO after a while, and there again when it goes on, also when it was lost."""
+    site = cluster(env=DIRTY, master_arguments=["--worker-timeout", "12s"])
+    clean, dirty = site.mount / "clean", site.mount / "dirty"
+    clean.write_bytes(content("clean"))
+    site.wait_persisted("/clean")
+    dirty.write_bytes(content("dirty"))
+    holder = holder_of(site, "/dirty")
+    assert holder is holder_of(site, "/clean")
+    with paused(holder):
+        blocked = subprocess.Popen([sys.executable, "-c", READ, str(dirty)], stdout=subprocess.DEVNULL)
+        assert read(clean) == content("clean")
+        assert read(dirty) == errno.EIO
+        (site.mount / "new").write_bytes(content("new"))
+        assert read(site.mount / "new") == content("new")
+        assert blocked.wait(BOUND_S) == errno.EIO
+        wait_until(lambda: not all(one["is_alive"] for one in site.report()["workers"]), "it counts as lost")
+        assert site.fs_json("stat", "/dirty")[0]["persistence"] == "LOST"
+        assert read(clean) == content("clean")
+        assert read(dirty) == errno.EIO
+    wait_until(lambda: read(dirty) == content("dirty"), "its files are back")
+    assert site.fs_json("stat", "/dirty")[0]["persistence"] == "TO_BE_PERSISTED"
+    dirty.write_bytes(content("other"))
+    assert read(dirty) == content("other")
+
+
+STEPS = """
+import os, sys
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_CREAT, 0o644)
+for line in sys.stdin:
+    what, *rest = line.split()
+    try:
+        if what == "write":
+            n = os.write(fd, rest[0].encode() * int(rest[1]))
+            answer = f"ok {n}"
+        elif what == "fsync":
+            os.fsync(fd)
+            answer = "ok"
+        elif what == "close":
+            os.close(fd)
+            answer = "ok"
+        elif what == "seek":
+            os.lseek(fd, int(rest[0]), 0)
+            answer = "ok"
+    except OSError as exc:
+        answer = f"errno {exc.errno}"
+    print(answer, flush=True)
+"""
+
+
+class Program:
+    def __init__(self, path: Path) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", STEPS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def do(self, step: str) -> str:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(step + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(BOUND_S)
+
+
+@contextmanager
+def program(path: Path) -> Iterator[Program]:
+    running = Program(path)
+    try:
+        yield running
+    finally:
+        running.end()
+
+
+def test_a_writer_whose_home_dies(cluster: Callable[..., Cluster]) -> None:
+    """Each call waits for its patience and is EIO, and the same descriptor goes on when the worker is
+    back. What fsync answered for is there."""
+    site = cluster(env=DIRTY)
+    site.expects_clean_end = False
+    path = site.mount / "file"
+    with program(path) as writer:
+        assert writer.do("write a 1000") == "ok 1000"
+        assert writer.do("fsync") == "ok"
+        home = holder_of(site, "/file")
+        home.kill()
+        failed = f"errno {errno.EIO}"
+        assert [writer.do(step) for step in ("write b 1000", "fsync")] == [failed, failed]
+        assert read(path) == errno.EIO
+        (site.mount / "another").write_bytes(content("another"))
+        assert read(site.mount / "another") == content("another")
+        home.start()
+        assert [writer.do(step) for step in ("write c 1000", "fsync")] == ["ok 1000", "ok"]
+        assert read(path) == b"a" * 1000 + b"c" * 1000
+        home.kill()
+        assert writer.do("close") == failed
+    # Overwriting needs nothing of what is there; what is left to its home comes back with it.
+    other = site.mount / "other"
+    with program(other) as writer:
+        home.start()
+        wait_until(lambda: writer.do("write x 1000") == "ok 1000", "a worker takes it")
+        assert writer.do("fsync") == "ok"
+        assert writer.do("close") == "ok"
+    wait_until(lambda: read(path) == b"a" * 1000 + b"c" * 1000, "its home has sealed it")
+    path.write_bytes(b"new")
+    assert read(path) == b"new"
+
+
+def test_a_worker_without_its_slabs(cluster: Callable[..., Cluster]) -> None:
+    """What only it had is EIO, and named; it can be overwritten and removed. With the slabs it is back."""
+    site = cluster(env=DIRTY, workers=1)
+    site.expects_clean_end = False
+    (site.mount / "persisted").write_bytes(content("persisted"))
+    site.wait_persisted("/persisted")
+    names = ("kept", "overwritten", "removed")
+    for name in names:
+        (site.mount / name).write_bytes(content(name))
+    worker = holder_of(site, "/removed")
+    worker.kill()
+    tier, hidden = site.base / "ssd1", site.base / "hidden"
+    os.rename(tier, hidden)
+    worker.start()
+    assert read(site.mount / "persisted") == content("persisted")
+    assert read(site.mount / "kept") == errno.EIO
+    with program(site.mount / "kept") as writer:
+        assert writer.do("write a 10") == f"errno {errno.EIO}"
+    (site.mount / "overwritten").write_bytes(b"new")
+    assert read(site.mount / "overwritten") == b"new"
+    (site.mount / "removed").unlink()
+    wait_until(lambda: site.fs_json("stat", "/kept")[0]["persistence"] == "LOST", "it counts as lost")
+    site.fs("persist", "--timeout", "1s", "/kept", check=False)
+    wait_until(
+        lambda: any("/kept" in line for line in site.report()["persist_failing"]), "the report names it"
+    )
+    worker.kill()
+    shutil.rmtree(tier)
+    os.rename(hidden, tier)
+    worker.start()
+    wait_until(lambda: read(site.mount / "kept") == content("kept"), "it is back")
+    site.wait_persisted("/kept")
+    assert (site.ufs_dir / "kept").read_bytes() == content("kept")
+
+    # Without its index it is another worker, and leaves the slabs alone.
+    (site.mount / "more").write_bytes(content("more"))
+    worker.kill()
+    os.rename(site.base / "worker1", hidden)
+    with pytest.raises(AssertionError, match="belongs to a worker with another state directory"):
+        worker.start()
+    shutil.rmtree(site.base / "worker1", ignore_errors=True)
+    os.rename(hidden, site.base / "worker1")
+    worker.start()
+    wait_until(lambda: read(site.mount / "more") == content("more"), "all is back")
+
+
+def test_work_under_way_goes_on_elsewhere_or_later(cluster: Callable[..., Cluster]) -> None:
+    """A reader of cold content and an upload, while workers are killed."""
+    site = cluster(env=ENV)
+    site.expects_clean_end = False
+    cold = os.urandom(96 << 20)
+    (site.ufs_dir / "cold").write_bytes(cold)
+    reader = subprocess.Popen([sys.executable, "-c", READ, str(site.mount / "cold")], stdout=subprocess.PIPE)
+    assert reader.stdout is not None
+    parts = [reader.stdout.read(1 << 20)]
+    for worker in site.workers:
+        worker.kill()
+        parts.append(reader.stdout.read(8 << 20))
+        worker.start()
+    parts.append(reader.stdout.read())
+    assert reader.wait(BOUND_S) == 0
+    assert b"".join(parts) == cold
+
+    big = os.urandom(64 << 20)
+    (site.mount / "big").write_bytes(big)
+    for worker in site.workers:
+        worker.kill()
+        worker.start()
+    site.wait_persisted("/big")
+    assert (site.ufs_dir / "big").read_bytes() == big
+    assert sorted(path.name for path in site.ufs_dir.iterdir()) == ["big", "cold"]
