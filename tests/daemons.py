@@ -28,6 +28,8 @@ STOP_TIMEOUT_S = 60.0
 COMMAND_TIMEOUT_S = 120.0
 PROGRAM = [sys.executable, "-m", "alluxiofuse.cli.main"]
 MIB = 1 << 20
+SESSION = os.environ.get("TEST_SESSION", "")
+"""Which FUSE session the mounts use: native, pyfuse3; "" the default."""
 SITES: list[Path] = []
 """Directories of all sites that this process made."""
 
@@ -290,6 +292,8 @@ class LocalDaemon(Site):
         for number, (name, value) in enumerate((options or {}).items()):
             self.env[f"TEST_UFS_OPTION_{number}"] = value
             command += ["--option", f"{name}=env:TEST_UFS_OPTION_{number}"]
+        if SESSION:
+            command += ["-o", f"session={SESSION}"]
         if mount_options:
             command += ["-o", mount_options]
         self.daemon = Daemon("local", [*command, *arguments], self.base / "log", self.env)
@@ -402,6 +406,8 @@ class Cluster(Site):
     def add_mount(self, directory: Path | None = None, path: str = "") -> Daemon:
         where = directory or self.mount
         arguments = ["mount", "--foreground", f"{self.address}{path}", str(where)]
+        if SESSION:
+            arguments += ["-o", f"session={SESSION}"]
         if self._mount_options:
             arguments += ["-o", self._mount_options]
         mount = self._daemon(f"mount-{where.name}", arguments)

@@ -109,8 +109,6 @@ def _kernel_option(options: MountOptions, item: str) -> None:
 def _session(options: MountOptions, value: str) -> None:
     if value not in _SESSIONS:
         raise UserError(f"session={value}: choose from {', '.join(_SESSIONS)}")
-    if value == "native":
-        raise UserError("session=native comes with a later version: use session=auto or session=pyfuse3")
     options.session = value
 
 

@@ -1,6 +1,6 @@
-"""pyfuse3's session: mounting, answering the kernel, and ending without losing anything.
+"""A session: mounting, answering the kernel, and ending without losing anything.
 
-A process can serve one mount (pyfuse3 keeps its session in a global).
+A *driver* talks to the kernel: `pyfuse3_driver`, or `native`. A process serves one mount.
 """
 
 from __future__ import annotations
@@ -11,23 +11,21 @@ import signal
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
 
-import pyfuse3
 import trio
 
 from alluxiofuse.client.filesystem import FileSystem
 from alluxiofuse.errors import UserError
 from alluxiofuse.fuse import mountpoint as mountpoints
-from alluxiofuse.fuse.invalidation import Invalidator, PyFuse3Kernel
+from alluxiofuse.fuse.invalidation import Invalidator, Kernel
 from alluxiofuse.fuse.mountopts import MountOptions
-from alluxiofuse.fuse.operations import Operations
+from alluxiofuse.fuse.native.driver import NativeDriver
+from alluxiofuse.fuse.operations import Operations, ReplyEntry
+from alluxiofuse.fuse.pyfuse3_driver import PyFuse3Driver
 
 log = logging.getLogger("alluxiofuse.fuse")
 
-IDLE_TASKS = 8
-"""Tasks that wait for a request; when all are busy another is started (docs/fuse.md: measured)."""
-MAX_TASKS = 256
-"""Requests under way at once; one that waits for a master that is away must not stop the others."""
 READ_AHEAD_BYTES = 4 << 20
 MAX_BACKGROUND = 64
 """Read-ahead requests that the kernel sends at once; its own default is 12."""
@@ -66,14 +64,52 @@ async def serve(
         _is_serving = False
 
 
+class Driver(Protocol):
+    """Talks to the kernel for a session."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def kernel(self) -> Kernel:
+        """Takes notifications, from any thread."""
+
+    @property
+    def reply_entry(self) -> ReplyEntry: ...
+
+    def mount(self, operations: Operations, mountpoint: str, options: MountOptions, fsname: str) -> None:
+        """UserError in one line when it can't be done."""
+
+    async def answer(self) -> None:
+        """Answers requests until the kernel lets go of the mount, or `terminate`."""
+
+    def terminate(self) -> None:
+        """Let `answer` return once what is under way is answered."""
+
+    def close(self, *, is_unmount: bool) -> None:
+        """After `answer` has returned. `is_unmount`: something of ours may be at the mountpoint still."""
+
+
+def choose_driver(options: MountOptions) -> tuple[Driver, str]:
+    """And why."""
+    if options.session == "native":
+        return NativeDriver(), "asked for"
+    return PyFuse3Driver(), "asked for" if options.session == "pyfuse3" else "the default"
+
+
 class _Session:
     def __init__(self, fs: FileSystem, mountpoint: str, options: MountOptions) -> None:
+        self._driver, self._reason = choose_driver(options)
         self._fs = fs
         self._mountpoint = os.path.realpath(mountpoint)  # later it would ask us
         self._options = options
-        kernel = PyFuse3Kernel()
+        kernel = self._driver.kernel
         self._operations = Operations(
-            fs, root_ino=options.root_ino, cache_limit_s=options.cache_limit_s, kernel=kernel
+            fs,
+            root_ino=options.root_ino,
+            cache_limit_s=options.cache_limit_s,
+            kernel=kernel,
+            reply_entry=self._driver.reply_entry,
         )
         self._invalidator = Invalidator(kernel, self._operations.view.reset)
         self._ended = trio.Event()
@@ -109,19 +145,17 @@ class _Session:
             self._close()
 
     def _mount(self) -> None:
-        try:
-            pyfuse3.init(self._operations, self._mountpoint, kernel_options(self._options))
-        except RuntimeError as exc:
-            raise UserError(f"cannot mount at {self._mountpoint}: {_why_not(self._options)}") from exc
+        fsname = plain(self._options.fsname)
+        self._driver.mount(self._operations, self._mountpoint, self._options, fsname)
         mount = mountpoints.mount_at(self._mountpoint)
         self._device = mount.device if mount is not None else ""
-        log.info("mounted at %s (session=pyfuse3)", self._mountpoint)
+        log.info("mounted at %s (session=%s: %s)", self._mountpoint, self._driver.name, self._reason)
 
     async def _answer(self) -> None:
         """Shielded: a request that is cancelled is never answered, and its program hangs."""
         try:
             with self._answering:
-                await pyfuse3.main(IDLE_TASKS, MAX_TASKS)
+                await self._driver.answer()
         finally:
             self._ended.set()
 
@@ -150,7 +184,7 @@ class _Session:
             task_status.started()
             async for number in signals:
                 if stop.is_set():  # a second one: hurry
-                    pyfuse3.terminate()
+                    self._driver.terminate()
                 log.info("%s: unmounting %s", signal.Signals(number).name, self._mountpoint)
                 stop.set()
 
@@ -172,7 +206,7 @@ class _Session:
             self._is_detached = True
         else:
             self._is_detached = await self._try_umount(is_lazy=True)
-        pyfuse3.terminate()
+        self._driver.terminate()
         with trio.move_on_after(FLUSH_TIMEOUT_S):
             await self._ended.wait()
         self._answering.cancel()
@@ -197,7 +231,7 @@ class _Session:
             if not self._invalidator.join(JOIN_TIMEOUT_S):
                 log.error("it stays stuck: the session is left to the end of the process")
                 return
-        pyfuse3.close(unmount=not self._is_detached)
+        self._driver.close(is_unmount=not self._is_detached)
         left = mountpoints.mount_at(self._mountpoint)
         if left is not None and left.is_ours and left.device == self._device:
             # The connection was aborted (umount --force, or in /sys): libfuse leaves such a mount.
@@ -210,36 +244,12 @@ async def _first(ended: trio.Event, stop: trio.Event) -> None:
     stop.set()
 
 
-def kernel_options(options: MountOptions) -> set[str]:
-    """For libfuse: each an option of its own, values escaped."""
-    found = {"default_permissions", "subtype=alluxiofuse", f"fsname={_escaped(options.fsname)}"}
-    if options.is_readonly:
-        found.add("ro")
-    if options.is_allowed_for_others:
-        found.add("allow_other")
-    return found | set(options.kernel)
-
-
-def _escaped(fsname: str) -> str:
-    """A comma would end it, and pyfuse3 takes ASCII only."""
-    plain = "".join(
+def plain(fsname: str) -> str:
+    """For /proc/mounts: pyfuse3 takes ASCII only."""
+    return "".join(
         char if 32 <= ord(char) < 127 else "".join(f"%{byte:02X}" for byte in os.fsencode(char))
         for char in fsname or "alluxiofuse"
     )
-    return plain.replace("\\", "\\\\").replace(",", "\\,")
-
-
-def _why_not(options: MountOptions) -> str:
-    """libfuse has printed its own words to stderr; this is the usual reason."""
-    if not os.path.exists("/dev/fuse"):
-        return "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
-    if not os.access("/dev/fuse", os.R_OK | os.W_OK):
-        return "you may not use /dev/fuse (usually it has mode 0666)"
-    if os.geteuid() == 0:
-        return "the kernel refused it (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
-    if options.is_allowed_for_others:
-        return "for -o allow_other, user_allow_other must be set in /etc/fuse.conf"
-    return "fusermount3 refused it: the directory must be yours and writable"
 
 
 def tune(mountpoint: str, options: MountOptions) -> None:

@@ -1,0 +1,1 @@
+"""A FUSE session of our own: reads and answers /dev/fuse itself."""

@@ -1,0 +1,155 @@
+"""The descriptor of /dev/fuse: mounting, whole requests in, whole answers out."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import logging
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Sequence
+from contextlib import suppress
+
+from alluxiofuse.errors import UserError
+from alluxiofuse.fuse.mountopts import MountOptions
+
+log = logging.getLogger("alluxiofuse.fuse")
+
+_MS = {
+    "ro": 1,
+    "nosuid": 2,
+    "nodev": 4,
+    "noexec": 8,
+    "sync": 16,
+    "dirsync": 128,
+    "noatime": 1024,
+    "nodiratime": 2048,
+}
+"""mount(2)'s flags, from linux/mount.h; what they are the opposite of is the default."""
+_FUSERMOUNT_TIMEOUT_S = 30.0
+FSTYPE = "fuse.alluxiofuse"
+
+
+class Ended(Exception):
+    """The kernel has let go of the connection: unmounted, or aborted."""
+
+
+class Device:
+    """Owns a descriptor of /dev/fuse that a mount is connected to. Not blocking."""
+
+    def __init__(self, fd: int) -> None:
+        os.set_blocking(fd, False)
+        self.fd = fd
+
+    def receive(self, buffer: bytearray) -> int:
+        """How many bytes of `buffer` the next request fills; 0: there is none now. Ended."""
+        while True:
+            try:
+                return os.readv(self.fd, [buffer])
+            except OSError as exc:
+                if exc.errno == errno.EAGAIN:
+                    return 0
+                if exc.errno in (errno.EINTR, errno.ENOENT):  # ENOENT: it was taken back meanwhile
+                    continue
+                if exc.errno in (errno.ENODEV, errno.EBADF, errno.ECONNABORTED):
+                    raise Ended from None
+                raise
+
+    def send(self, *parts: bytes | bytearray | memoryview) -> None:
+        """An answer. Whoever asked may be gone (ENOENT), or the mount."""
+        try:
+            os.writev(self.fd, parts)
+        except OSError as exc:
+            if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN):
+                raise
+
+    def notify(self, message: bytes) -> None:
+        """May wait in the kernel for requests on the same inode: never in the thread that answers.
+        OSError: ENOENT the kernel does not know the inode or name."""
+        os.write(self.fd, message)
+
+    def close(self) -> None:
+        """If nobody else has it, the mount is dead from now on."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+def mount(mountpoint: str, options: MountOptions, fsname: str) -> Device:
+    """UserError in one line when it can't be done."""
+    try:
+        if os.geteuid() == 0:
+            return Device(_mount_as_root(mountpoint, options, fsname))
+        return Device(_mount_by_helper(mountpoint, options, fsname))
+    except OSError as exc:
+        if exc.errno == errno.ENOENT and not os.path.exists("/dev/fuse"):
+            reason = "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
+        elif exc.errno == errno.EPERM:
+            reason = (
+                "not permitted (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
+            )
+        else:
+            reason = exc.strerror or str(exc)
+        raise UserError(f"cannot mount at {mountpoint}: {reason}") from None
+
+
+def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str) -> int:
+    fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        mode = os.stat(mountpoint).st_mode
+        given = set(options.kernel)
+        names = given | ({"ro"} if options.is_readonly else set())
+        names |= {no for no, yes in (("nosuid", "suid"), ("nodev", "dev")) if yes not in given}
+        flags = sum(_MS[name] for name in names if name in _MS)
+        data = [f"fd={fd}", f"rootmode={mode & 0o170000:o}", "user_id=0", "group_id=0", "default_permissions"]
+        if options.is_allowed_for_others:
+            data.append("allow_other")
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.mount(
+            fsname.encode(),
+            os.fsencode(mountpoint),
+            FSTYPE.encode(),
+            ctypes.c_ulong(flags),
+            ",".join(data).encode(),
+        )
+        if done != 0:
+            code = ctypes.get_errno()
+            raise OSError(code, os.strerror(code))
+        return fd
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def _mount_by_helper(mountpoint: str, options: MountOptions, fsname: str) -> int:
+    """fusermount3 mounts for us, and sends the descriptor through a socket that it inherits."""
+    helper = shutil.which("fusermount3")
+    if helper is None:
+        raise UserError(f"cannot mount at {mountpoint}: not root, and fusermount3 is not installed")
+    escaped = fsname.replace("\\", "\\\\").replace(",", "\\,")
+    words = ["default_permissions", "subtype=alluxiofuse", f"fsname={escaped}", *options.kernel]
+    words += ["ro"] * options.is_readonly + ["allow_other"] * options.is_allowed_for_others
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+    with ours, theirs:
+        ours.settimeout(_FUSERMOUNT_TIMEOUT_S)
+        done = subprocess.Popen(
+            [helper, "-o", ",".join(words), "--", mountpoint],
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "_FUSE_COMMFD": str(theirs.fileno()), "LC_ALL": "C"},
+            stderr=subprocess.PIPE,
+        )
+        theirs.close()
+        fds: Sequence[int] = ()
+        with suppress(TimeoutError):
+            _, fds, _, _ = socket.recv_fds(ours, 1, 1)
+        ours.close()
+        _, error = done.communicate()
+    if not fds:
+        text = os.fsdecode(error).strip().splitlines()
+        if options.is_allowed_for_others and any("allow_other" in line for line in text):
+            raise UserError("for -o allow_other, user_allow_other must be set in /etc/fuse.conf")
+        raise UserError(f"cannot mount at {mountpoint}: {text[-1] if text else 'fusermount3 refused it'}")
+    os.set_inheritable(fds[0], False)
+    return fds[0]

@@ -1,0 +1,346 @@
+"""The native session: takes requests from the kernel one after another and answers them.
+
+One task at a time *leads*: it reads requests and handles each as far as it goes without waiting.
+A handler that must wait makes its task give the lead to another one first, and goes on when what it
+waits for has come. So what is in memory is answered without any switch between tasks.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import time
+from collections.abc import Callable, Coroutine, Generator
+from typing import Any
+
+import pyfuse3
+import trio
+
+from alluxiofuse.errors import UserError
+from alluxiofuse.fuse.native import abi, messages
+from alluxiofuse.fuse.native.abi import Init, Op
+from alluxiofuse.fuse.native.device import Device, Ended, mount
+from alluxiofuse.fuse.native.dispatch import Dispatcher, Handler, Payload, reply_entry
+from alluxiofuse.fuse.native.messages import Malformed, Request
+
+log = logging.getLogger("alluxiofuse.fuse")
+
+MAX_TASKS = 256
+"""Requests under way at once; further ones wait in the kernel."""
+MAX_IDLE_TASKS = 4
+YIELD_S = 0.002
+"""Other tasks of the process get their turn at least this often."""
+INIT_TIMEOUT_S = 10.0
+_WANTED = (
+    Init.ASYNC_READ
+    | Init.ATOMIC_O_TRUNC
+    | Init.EXPORT_SUPPORT
+    | Init.BIG_WRITES
+    | Init.AUTO_INVAL_DATA
+    | Init.DO_READDIRPLUS
+    | Init.ASYNC_DIO
+    | Init.PARALLEL_DIROPS
+    | Init.ABORT_ERROR
+    | Init.MAX_PAGES
+    | Init.INIT_EXT
+)
+_INTERRUPTIBLE = frozenset(
+    {Op.LOOKUP, Op.GETATTR, Op.READ, Op.READDIR, Op.READDIRPLUS, Op.GETXATTR, Op.LISTXATTR}
+    | {Op.STATFS, Op.READLINK, Op.ACCESS, Op.FSYNC, Op.FSYNCDIR, Op.SETLKW}
+)
+"""What a signal may end early: nothing is half done then."""
+
+
+class Stepped:
+    """Awaits a coroutine; calls `on_wait` (once) before it waits for anything."""
+
+    __slots__ = ("_coroutine", "_on_wait")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, Payload], on_wait: Callable[[], None]) -> None:
+        self._coroutine = coroutine
+        self._on_wait = on_wait
+
+    def __await__(self) -> Generator[Any, Any, Payload]:
+        coroutine = self._coroutine
+        try:
+            trap = coroutine.send(None)
+            self._on_wait()
+            while True:
+                try:
+                    value = yield trap
+                except BaseException as exc:
+                    trap = coroutine.throw(exc)
+                else:
+                    trap = coroutine.send(value)
+        except StopIteration as done:
+            result: Payload = done.value
+            return result
+
+
+class NativeKernel:
+    """Notifications; see `invalidation.Kernel`."""
+
+    def __init__(self, device: Callable[[], Device | None]) -> None:
+        self._device = device
+
+    def invalidate_inode(self, inode: int, attr_only: bool = False) -> None:
+        self._notify(messages.invalidate_inode(inode, attr_only=attr_only))
+
+    def invalidate_entry(self, inode_p: int, name: bytes) -> None:
+        self._notify(messages.invalidate_entry(inode_p, name))
+
+    def _notify(self, message: bytes) -> None:
+        device = self._device()
+        if device is None:
+            return
+        try:
+            device.notify(message)
+        except OSError as exc:
+            if exc.errno != errno.ENOENT:
+                raise
+
+
+class _Task:
+    """What belongs to one task: its buffer, which a request's data lies in until it is answered."""
+
+    __slots__ = ("buffer", "is_leading", "view")
+
+    def __init__(self) -> None:
+        self.buffer = bytearray(abi.BUFFER_BYTES)
+        self.view = memoryview(self.buffer)
+        self.is_leading = False
+
+
+class NativeDriver:
+    """See `session.Driver`."""
+
+    name = "native"
+    reply_entry = staticmethod(reply_entry)
+
+    def __init__(self) -> None:
+        self._device: Device | None = None
+        self.kernel = NativeKernel(lambda: self._device)
+        self._dispatcher: Dispatcher | None = None
+        self._nursery: trio.Nursery | None = None
+        self._lot = trio.lowlevel.ParkingLot()
+        self._task_count = 0
+        self._has_leader = False
+        self._is_over = False
+        self._scope = trio.CancelScope()
+        """Of the leader's waiting for requests; cancelled by `terminate`."""
+        self._waiting: dict[int, trio.CancelScope] = {}
+        """unique -> of a request that may be interrupted and whose handler waits."""
+        self._malformed_count = 0
+
+    def mount(self, operations: Any, mountpoint: str, options: Any, fsname: str) -> None:
+        self._dispatcher = Dispatcher(operations)
+        self._device = mount(mountpoint, options, fsname)
+
+    # --- INIT -------------------------------------------------------------------------------------------
+
+    async def _start(self, device: Device) -> None:
+        """The first request is INIT (again, with a lower version, if ours is too high for it)."""
+        task = _Task()
+        with trio.move_on_after(INIT_TIMEOUT_S):
+            while True:
+                count = device.receive(task.buffer)
+                if not count:
+                    await trio.lowlevel.wait_readable(device.fd)
+                    continue
+                request = messages.decode(task.view[:count])
+                if request.opcode != Op.INIT:
+                    device.send(messages.failure(request.unique, errno.EIO))
+                    continue
+                if self._answer_init(device, request):
+                    return
+        raise UserError("the kernel did not begin the FUSE session")
+
+    def _answer_init(self, device: Device, request: Request) -> bool:
+        major, minor, max_readahead, offered = messages.init_fields(request)
+        if major > abi.VERSION:
+            answer = abi.INIT_OUT.pack(abi.VERSION, abi.MINOR, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+            device.send(messages.header(request.unique, len(answer)), answer)
+            return False
+        if major < abi.VERSION or minor < abi.MIN_MINOR:
+            device.send(messages.failure(request.unique, errno.EPROTO))
+            raise UserError(f"the kernel's FUSE protocol {major}.{minor} is too old")
+        flags = int(_WANTED) & offered
+        answer = abi.INIT_OUT.pack(
+            abi.VERSION,
+            min(minor, abi.MINOR),
+            max_readahead,
+            flags & 0xFFFFFFFF,
+            64,
+            48,
+            abi.MAX_WRITE,
+            1,
+            abi.MAX_PAGES,
+            0,
+            flags >> 32,
+            0,
+            0,
+        )
+        device.send(messages.header(request.unique, len(answer)), answer)
+        return True
+
+    # --- the loop ---------------------------------------------------------------------------------------
+
+    async def answer(self) -> None:
+        """Until the kernel lets go of the mount, or `terminate`. Handlers under way are waited for."""
+        device = self._device
+        assert device is not None
+        try:
+            await self._start(device)
+        except Ended:
+            return
+        async with trio.open_nursery() as nursery:
+            self._nursery = nursery
+            self._give_lead()
+
+    def _give_lead(self) -> None:
+        """Somebody else reads on."""
+        self._has_leader = False
+        if self._is_over or self._nursery is None:
+            return
+        if self._lot:
+            self._has_leader = True
+            self._lot.unpark()
+        elif self._task_count < MAX_TASKS:
+            self._has_leader = True
+            self._task_count += 1
+            self._nursery.start_soon(self._work)
+
+    async def _work(self) -> None:
+        """One task: leads, loses the lead when it must wait, and waits for its turn to lead again."""
+        task = _Task()
+        try:
+            while not self._is_over:
+                task.is_leading = True
+                await self._lead(task)
+                if self._is_over:
+                    break
+                if not self._has_leader:
+                    self._has_leader = True
+                    continue
+                if len(self._lot) >= MAX_IDLE_TASKS:
+                    return
+                await self._lot.park()
+        finally:
+            self._task_count -= 1
+            if self._is_over:
+                self._lot.unpark_all()
+
+    async def _lead(self, task: _Task) -> None:
+        device, dispatcher = self._device, self._dispatcher
+        assert device is not None
+        assert dispatcher is not None
+        view, buffer = task.view, task.buffer
+        yielded_at = time.monotonic()
+
+        def lose_lead() -> None:
+            task.is_leading = False
+            self._give_lead()
+
+        while task.is_leading and not self._is_over:
+            try:
+                count = device.receive(buffer)
+            except Ended:
+                self._end()
+                return
+            if not count:
+                if not await self._wait(device):
+                    return
+                yielded_at = time.monotonic()
+                continue
+            try:
+                request = messages.decode(view[:count])
+            except Malformed as exc:
+                self._complain(device, exc)
+                continue
+            if request.opcode == Op.INTERRUPT:
+                scope = self._waiting.get(request.fields[0])
+                if scope is not None:
+                    scope.cancel()
+                continue
+            await self._handle(device, dispatcher, request, lose_lead)
+            if task.is_leading and time.monotonic() - yielded_at > YIELD_S:
+                await trio.lowlevel.checkpoint()
+                yielded_at = time.monotonic()
+
+    async def _wait(self, device: Device) -> bool:
+        """For a request; False: the session is over."""
+        with self._scope:
+            try:
+                await trio.lowlevel.wait_readable(device.fd)
+            except (trio.ClosedResourceError, OSError):
+                self._end()
+        if self._scope.cancelled_caught:
+            self._end()
+        self._scope = trio.CancelScope()
+        return not self._is_over
+
+    async def _handle(
+        self, device: Device, dispatcher: Dispatcher, request: Request, lose_lead: Callable[[], None]
+    ) -> None:
+        handler = dispatcher.handler_of(request)
+        if handler is None:
+            device.send(messages.failure(request.unique, errno.ENOSYS))
+            return
+        payload: Payload
+        code = 0
+        try:
+            if request.opcode in _INTERRUPTIBLE:
+                payload, code = await self._interruptible(handler, request, lose_lead)
+            else:
+                payload = await Stepped(handler(request), lose_lead)  # type: ignore[arg-type]
+        except pyfuse3.FUSEError as exc:
+            code = exc.errno
+        except OSError as exc:
+            code = exc.errno or errno.EIO
+        except Exception:
+            log.exception("a request (opcode %d) failed unexpectedly", request.opcode)
+            code = errno.EIO
+        if code:
+            device.send(messages.failure(request.unique, code))
+        elif payload is not None:
+            device.send(messages.header(request.unique, len(payload)), payload)
+
+    async def _interruptible(
+        self, handler: Handler, request: Request, lose_lead: Callable[[], None]
+    ) -> tuple[Payload, int]:
+        unique = request.unique
+
+        def waits() -> None:
+            self._waiting[unique] = scope
+            lose_lead()
+
+        with trio.CancelScope() as scope:
+            try:
+                return await Stepped(handler(request), waits), 0  # type: ignore[arg-type]
+            finally:
+                self._waiting.pop(unique, None)
+        return None, errno.EINTR
+
+    def _complain(self, device: Device, exc: Malformed) -> None:
+        self._malformed_count += 1
+        if self._malformed_count == 1:
+            log.error("the kernel sent a request that can't be understood: %s", exc)
+        if exc.unique:
+            device.send(messages.failure(exc.unique, errno.EIO))
+
+    # --- the end ----------------------------------------------------------------------------------------
+
+    def _end(self) -> None:
+        self._is_over = True
+        self._lot.unpark_all()
+
+    def terminate(self) -> None:
+        """`answer` returns as soon as the requests under way are answered."""
+        self._end()
+        self._scope.cancel()
+
+    def close(self, *, is_unmount: bool) -> None:
+        """Lets go of the device. The mount, if there is one still, is cleared away by the caller."""
+        device, self._device = self._device, None
+        if device is not None:
+            device.close()
