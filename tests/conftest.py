@@ -12,7 +12,7 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 
 import pytest
-from daemons import SITES, Cluster, LocalDaemon, Site
+from daemons import SESSION, SITES, Cluster, LocalDaemon, Site
 from servers import s3_server as s3_server
 
 MARK = f"AF_TEST_RUN={uuid.uuid4()}"
@@ -95,17 +95,29 @@ def nothing_is_left_behind(
         pytest.fail(f"{request.node.name} left behind:\n" + "\n".join(left))
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Tests of the FUSE folder that mount something do so with each session."""
+    if "fuse_session" in metafunc.fixturenames and metafunc.definition.path.parent.name == "fuse":
+        metafunc.parametrize("fuse_session", ["pyfuse3", "native"], indirect=True, scope="module")
+
+
+@pytest.fixture(scope="module")
+def fuse_session(request: pytest.FixtureRequest) -> str:
+    return str(getattr(request, "param", SESSION))
+
+
 def _end(sites: list[Site]) -> None:
     wrong = [text for site in reversed(sites) for text in site.close()]
     assert not wrong, "\n\n".join(wrong)
 
 
 @pytest.fixture
-def local_daemon() -> Iterator[Callable[..., LocalDaemon]]:
+def local_daemon(fuse_session: str) -> Iterator[Callable[..., LocalDaemon]]:
     """A factory of running `alluxiofuse local` processes; its arguments are those of LocalDaemon."""
     sites: list[Site] = []
 
     def start(*arguments: object, **options: object) -> LocalDaemon:
+        options.setdefault("session", fuse_session)
         site = LocalDaemon(*arguments, **options)  # type: ignore[arg-type]
         sites.append(site)
         return site.start()
@@ -129,10 +141,10 @@ def cluster() -> Iterator[Callable[..., Cluster]]:
 
 
 @pytest.fixture(scope="module")
-def shared_local() -> Iterator[LocalDaemon]:
+def shared_local(fuse_session: str) -> Iterator[LocalDaemon]:
     """One running `alluxiofuse local` on a directory for all tests of a module: each works in a
     directory of its own."""
-    site = LocalDaemon()
+    site = LocalDaemon(session=fuse_session)
     try:
         yield site.start()
     finally:

@@ -29,7 +29,7 @@ COMMAND_TIMEOUT_S = 120.0
 PROGRAM = [sys.executable, "-m", "alluxiofuse.cli.main"]
 MIB = 1 << 20
 SESSION = os.environ.get("TEST_SESSION", "")
-"""Which FUSE session the mounts use: native, pyfuse3; "" the default."""
+"""Which FUSE session the mounts use, where a test does not say: native, pyfuse3; "" the default."""
 SITES: list[Path] = []
 """Directories of all sites that this process made."""
 
@@ -273,6 +273,7 @@ class LocalDaemon(Site):
         mount_options: str = "",
         arguments: Sequence[str] = (),
         env: Mapping[str, str] | None = None,
+        session: str = SESSION,
     ) -> None:
         """`ufs` None: a new directory. `tiers` None: one SSD tier of 1 GB; "{base}" in a tier is the
         site's directory; empty: what the program takes by default. `options`: of the under storage,
@@ -292,8 +293,8 @@ class LocalDaemon(Site):
         for number, (name, value) in enumerate((options or {}).items()):
             self.env[f"TEST_UFS_OPTION_{number}"] = value
             command += ["--option", f"{name}=env:TEST_UFS_OPTION_{number}"]
-        if SESSION:
-            command += ["-o", f"session={SESSION}"]
+        if session:
+            command += ["-o", f"session={session}"]
         if mount_options:
             command += ["-o", mount_options]
         self.daemon = Daemon("local", [*command, *arguments], self.base / "log", self.env)
