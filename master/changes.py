@@ -85,15 +85,18 @@ class Changes:
         parent_record: InodeRecord,
         name: bytes,
         record: InodeRecord,
-    ) -> int:
+    ) -> Attr:
         """Name a new inode, commit, tell."""
         ino = self._tree.insert(tx, parent, parent_record, name, record)
-        self.finish_insert(tx, session_id, parent, name)
-        return ino
+        attr = self._namespace.attr(ino, record)
+        self.finish_insert(tx, session_id, parent, name, attr)
+        return attr
 
-    def finish_insert(self, tx: Transaction, session_id: int, parent: int, name: bytes) -> None:
+    def finish_insert(
+        self, tx: Transaction, session_id: int, parent: int, name: bytes, answer: object
+    ) -> None:
         """Commit, tell."""
-        tx.commit()
+        tx.commit(answer)
         self._persist_log.wake()
         self._events.publish(session_id, Event(EVENT_ENTRY, parent, name))
 
@@ -125,8 +128,7 @@ class Changes:
         tx = self._store.transaction()
         parent_record = self.free_place(tx, req.who, req.parent, req.name)
         record = self.new_record(req.who, parent_record, stat.S_IFDIR | req.mode & 0o1777)
-        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
-        return self._namespace.attr(ino, record)
+        return self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
 
     def mknod(self, req: Mknod) -> Attr:
         kind = stat.S_IFMT(req.mode) or stat.S_IFREG
@@ -139,8 +141,7 @@ class Changes:
         parent_record = self.free_place(tx, req.who, req.parent, req.name)
         record = self.new_record(req.who, parent_record, kind | req.mode & 0o7777)
         record.rdev = req.rdev if is_device else 0
-        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
-        return self._namespace.attr(ino, record)
+        return self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
 
     def symlink(self, req: Symlink) -> Attr:
         if b"\0" in req.target:
@@ -151,8 +152,7 @@ class Changes:
         parent_record = self.free_place(tx, req.who, req.parent, req.name)
         record = self.new_record(req.who, parent_record, stat.S_IFLNK | 0o777)
         record.target, record.size = req.target, len(req.target)
-        ino = self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
-        return self._namespace.attr(ino, record)
+        return self.insert(tx, req.session_id, req.parent, parent_record, req.name, record)
 
     def link(self, req: Link) -> Attr:
         tx = self._store.transaction()
@@ -165,11 +165,12 @@ class Changes:
         if record.mount_id != parent_record.mount_id:
             raise FsError(errno.EXDEV)
         self._tree.link(tx, req.parent, parent_record, req.name, req.ino, record)
-        tx.commit()
+        attr = self._namespace.attr(req.ino, record)
+        tx.commit(attr)
         self._events.publish(
             req.session_id, Event(EVENT_ENTRY, req.parent, req.name), Event(EVENT_ATTR, req.ino)
         )
-        return self._namespace.attr(req.ino, record)
+        return attr
 
     # --- removing ---------------------------------------------------------------------------------
 
@@ -181,7 +182,7 @@ class Changes:
         if stat.S_ISDIR(record.mode):
             raise FsError(errno.EISDIR)
         self._namespace.require_writable(parent_record)
-        return self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
+        return self._detach(tx, req, ino, record, parent_record)
 
     def rmdir(self, req: Rmdir) -> Nothing:
         tx = self._store.transaction()
@@ -193,26 +194,24 @@ class Changes:
         self._namespace.require_writable(parent_record)
         self._require_unmounted(parent_record, record)
         self._require_empty(tx, ino, record)
-        self._detach(tx, req.session_id, req.parent, req.name, ino, record, parent_record)
+        self._detach(tx, req, ino, record, parent_record)
         return NOTHING
 
     def _detach(
         self,
         tx: Transaction,
-        session_id: int,
-        parent: int,
-        name: bytes,
+        req: Unlink | Rmdir,
         ino: int,
         record: InodeRecord,
         parent_record: InodeRecord,
     ) -> Unlinked:
-        unlinked = self._tree.detach(tx, parent, name, ino, record, parent_record)
-        tx.commit()
+        unlinked = self._tree.detach(tx, req.parent, req.name, ino, record, parent_record)
+        tx.commit(unlinked if isinstance(req, Unlink) else NOTHING)
         self._persist_log.wake()
-        told = [Event(EVENT_ENTRY, parent, name)]
+        told = [Event(EVENT_ENTRY, req.parent, req.name)]
         if unlinked.nlink or ino in self._tree.orphans:
             told.append(Event(EVENT_ATTR, ino))
-        self._events.publish(session_id, *told)
+        self._events.publish(req.session_id, *told)
         return unlinked
 
     # --- renaming ---------------------------------------------------------------------------------
@@ -256,10 +255,11 @@ class Changes:
             (ino, record),
             replaced,
         )
-        tx.commit()
+        renamed = Renamed(ino, gone)
+        tx.commit(renamed)
         self._persist_log.wake()
         self._tell_renamed(req, ino, gone)
-        return Renamed(ino, gone)
+        return renamed
 
     def _check_loop(
         self, tx: Transaction, req: Rename, ino: int, record: InodeRecord, target: int | None
@@ -314,10 +314,11 @@ class Changes:
         if record.nlink and req.ino != ROOT_INO:
             self._persist_log.attrs_changed(tx, req.ino, record)
         tx.put_inode(req.ino, record)
-        tx.commit()
+        attr = self._namespace.attr(req.ino, record)
+        tx.commit(attr)
         self._persist_log.wake()
         self._events.publish(req.session_id, Event(EVENT_ATTR, req.ino))
-        return self._namespace.attr(req.ino, record)
+        return attr
 
     def _chown(self, req: SetAttr, record: InodeRecord) -> None:
         if NO_ID in (req.uid, req.gid):

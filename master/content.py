@@ -22,6 +22,7 @@ from alluxiofuse.master.permissions import EXECUTE, READ, WRITE, require
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import OPEN
@@ -52,6 +53,7 @@ class Content:
         namespace: Namespace,
         changes: Changes,
         sessions: Sessions,
+        replies: Replies,
         workers: Workers,
         persist_log: PersistLog,
         events: Events,
@@ -62,6 +64,7 @@ class Content:
         self._store: Store = namespace.store
         self._tree = namespace.tree
         self._sessions = sessions
+        self._replies = replies
         self._workers = workers
         self._persist_log = persist_log
         self._events = events
@@ -148,9 +151,20 @@ class Content:
         ino = self._tree.insert(tx, req.parent, parent_record, req.name, record)
         if record.home:
             tx.put("meta", OPEN + u64(ino), b"")
-        self._changes.finish_insert(tx, req.session_id, req.parent, req.name)
+        created = Created(self._namespace.attr(ino, record), self.layout(ino, record), True)
+        self._changes.finish_insert(tx, req.session_id, req.parent, req.name, created)
         self._sessions.add_open(req.session_id, ino)
         if record.home:
+            self._sessions.add_writer(req.session_id, ino, record.container)
+        return created
+
+    def created_before(self, req: Create, created: Created) -> Created:
+        """The answer to a Create that was carried out before. The session has been taken up since, when
+        its client did not know yet that it had the file open. StaleError: it is gone already."""
+        ino = created.attr.ino
+        record = self._namespace.existing(ino)
+        self._sessions.add_open(req.session_id, ino)
+        if record.home and record.container == created.layout.container:
             self._sessions.add_writer(req.session_id, ino, record.container)
         return Created(self._namespace.attr(ino, record), self.layout(ino, record), True)
 
@@ -187,10 +201,19 @@ class Content:
             record.mtime_ns = record.ctime_ns = self._namespace.clock.now_ns()
         tx.put("meta", OPEN + u64(req.ino), b"")
         tx.put_inode(req.ino, record)
-        tx.commit()
+        layout = self.layout(req.ino, record)
+        tx.commit(layout)
         self._sessions.add_writer(req.session_id, req.ino, record.container)
         self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
-        return self.layout(req.ino, record)
+        return layout
+
+    def begun_before(self, req: BeginWrite, layout: Layout) -> Layout:
+        """The answer to a BeginWrite that was carried out before; anew when that writing is over."""
+        record = self._namespace.existing(req.ino)
+        if record.container != layout.container or not record.home:
+            return self.begin_write(req)
+        self._sessions.add_writer(req.session_id, req.ino, record.container)
+        return layout
 
     def _forget_open(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
         """What is being written at a silent home is not wanted any more; those who write it are told at
@@ -235,12 +258,12 @@ class Content:
         if req.is_abandoned:
             if self._sessions.end_writer(req.session_id, req.ino):
                 self.revert(tx, req.ino, record)
-                tx.commit()
+                tx.commit(self._namespace.attr(req.ino, record))
             return self._namespace.attr(req.ino, record)
         # Who closes without having written never told the worker, which may serve another writer.
         is_last = not req.is_sealed or self._sessions.end_writer(req.session_id, req.ino)
         if req.size or is_last:
-            self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
+            return self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
         return self._namespace.attr(req.ino, record)
 
     def orphan_sealed(self, seal: OrphanSeal, worker_id: int) -> None:
@@ -264,7 +287,7 @@ class Content:
         size: int,
         mtime_ns: int,
         is_sealed: bool,
-    ) -> None:
+    ) -> Attr:
         """Of a file that has a home."""
         record.size = size
         if mtime_ns > record.mtime_set_at_ns:
@@ -273,9 +296,11 @@ class Content:
         if is_sealed:
             self._seal(tx, ino, record)
         tx.put_inode(ino, record)
-        tx.commit()
+        attr = self._namespace.attr(ino, record)
+        tx.commit(attr)
         self._persist_log.wake()
         self._events.publish(session_id, Event(EVENT_DATA, ino))
+        return attr
 
     def _seal(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
         home, base, base_holder = record.home, record.base_container, record.held_by or record.home
@@ -313,6 +338,7 @@ class Content:
         it was writing is sealed by the worker, which notices that its connection is gone."""
         session = self._sessions.remove(session_id)
         self._events.forget(session_id)
+        self._replies.forget(session_id)
         if session is not None:
             for ino in session.opens:
                 if not self._sessions.is_open(ino):
@@ -323,7 +349,9 @@ class Content:
         before can't come back any more, free orphans that nobody has open and give up writes that
         never began."""
         for session_id in self._sessions.expired():
+            self._sessions.expired_count += 1
             self.end_session(session_id)
+        self._replies.sweep()
         if self._sessions.is_recovering:
             return
         for ino in [i for i in self._tree.orphans if not self._sessions.is_open(i)]:

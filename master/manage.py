@@ -28,6 +28,7 @@ from alluxiofuse.master.peers import as_peer
 from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.persister import Persister
 from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import u64
 from alluxiofuse.master.tree import OPEN
@@ -53,6 +54,7 @@ class Parts:
     namespace: Namespace
     content: Content
     sessions: Sessions
+    replies: Replies
     events: Events
     workers: WorkerRegistry
     mounts: MountTable
@@ -223,7 +225,14 @@ class Management:
             parts.persister.failing(),
             parts.workers.infos(),
             [parts.mounts.info(mount_id, False) for mount_id in parts.mounts.ids()],
-            {"refresh_failed": parts.loader.failed_count, "commits": self._store.commit_count},
+            {
+                "refresh_failed": parts.loader.failed_count,
+                "commits": self._store.commit_count,
+                "sessions_resumed": parts.sessions.resumed_count,
+                "sessions_expired": parts.sessions.expired_count,
+                "requests_answered_again": parts.replies.repeated_count,
+                "requests_refused": parts.sessions.refused_count,
+            },
         )
 
     # --- within -----------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from alluxiofuse.master.mounts import MountTable, OpenUfs
 from alluxiofuse.master.namespace import Namespace
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.persister import Persister
+from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.service import MasterService
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store
@@ -95,7 +96,8 @@ class Master:
     def _build(self, store: Store, mounts: MountTable, clock: Clock, close_stale_sessions: bool) -> None:
         config = self.config
         events = Events(config.max_events, clock.now_ns() * EVENTS_PER_S // 10**9)
-        sessions = Sessions(store, clock, config.session_lease_s, close_stale_sessions)
+        sessions = self.sessions = Sessions(store, clock, config.session_lease_s, close_stale_sessions)
+        replies = self.replies = Replies(store, sessions)
         workers = WorkerRegistry(store, clock, config)
         persist_log = PersistLog(store, mounts, wall_ns=clock.now_ns)
         tree = Tree(store, persist_log, sessions.is_open, workers.drop_container, clock)
@@ -105,7 +107,7 @@ class Master:
         )
         changes = Changes(namespace, persist_log, events)
         content = self._content = Content(
-            namespace, changes, sessions, workers, persist_log, events, config.block_bytes
+            namespace, changes, sessions, replies, workers, persist_log, events, config.block_bytes
         )
         self.workers = workers
         self.persister = Persister(store, mounts, persist_log, workers, loader, clock, config)
@@ -114,6 +116,7 @@ class Master:
                 namespace,
                 content,
                 sessions,
+                replies,
                 events,
                 workers,
                 mounts,
@@ -128,6 +131,7 @@ class Master:
             Xattrs(namespace, events),
             content,
             sessions,
+            replies,
             events,
             workers,
             self.persister,

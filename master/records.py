@@ -16,6 +16,7 @@ meta     b"format", b"cluster_id", b"next_ino", b"next_container", b"next_id", .
          b"open" + ino                 -> b""           home != 0: open for writing (for recovery)
          b"worker" + uuid              -> worker id (8 bytes)
          b"c" + container              -> ino           whose content (or base) it is: containers.py
+         b"reply" + session + slot (2) -> number (8 bytes) + answer to that request: replies.py
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from alluxiofuse.master.content import Content
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.namespace import Namespace
 from alluxiofuse.master.peers import as_peer
+from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.master.xattrs import Xattrs
@@ -25,6 +26,10 @@ from alluxiofuse.rpc.base import Buffer, Handler, Peer, Service
 from alluxiofuse.wire import master_ops
 from alluxiofuse.wire.messages import NOTHING, Nothing, Request, requests_of
 from alluxiofuse.wire.types import FsUsage, Layout
+
+
+def _unchanged(request: Any, answer: Any) -> Any:
+    return answer
 
 
 class Persister(Protocol):
@@ -51,6 +56,7 @@ class MasterService(Service):
         xattrs: Xattrs,
         content: Content,
         sessions: Sessions,
+        replies: Replies,
         events: Events,
         workers: WorkerRegistry,
         persister: Persister,
@@ -63,6 +69,7 @@ class MasterService(Service):
         self._xattrs = xattrs
         self._content = content
         self._sessions = sessions
+        self._replies = replies
         self._events = events
         self._workers = workers
         self._persister = persister
@@ -90,10 +97,10 @@ class MasterService(Service):
 
     def _session_handlers(self) -> dict[type[Request[Any]], Handler]:
         return {
-            master_ops.OpenSession: _plain(self._open_session),
-            master_ops.SessionHeartbeat: _plain(self._session_heartbeat),
-            master_ops.CloseSession: _plain(self._close_session),
-            master_ops.Watch: _plain(self._watch),
+            master_ops.OpenSession: self._open_session,
+            master_ops.SessionHeartbeat: self._of_session(self._session_heartbeat),
+            master_ops.CloseSession: self._of_session(self._close_session),
+            master_ops.Watch: self._of_session(self._watch),
             master_ops.SyncMetadata: _plain(self._sync_metadata),
             master_ops.StatFs: _plain(self._statfs),
         }
@@ -107,30 +114,30 @@ class MasterService(Service):
             master_ops.ReadDir: self._step(lambda r: names.readdir(r.who, r.ino, r.after, r.limit)),
             master_ops.ReadLink: self._step(lambda r: names.readlink(r.ino)),
             master_ops.Access: self._step(lambda r: names.access(r.who, r.ino, r.mask)),
-            master_ops.SetAttr: self._step(changes.setattr),
-            master_ops.Mkdir: self._step(changes.mkdir),
-            master_ops.Mknod: self._step(changes.mknod),
-            master_ops.Symlink: self._step(changes.symlink),
-            master_ops.Link: self._step(changes.link),
-            master_ops.Unlink: self._step(changes.unlink),
-            master_ops.Rmdir: self._step(changes.rmdir),
-            master_ops.Rename: self._step(changes.rename),
+            master_ops.SetAttr: self._change(changes.setattr),
+            master_ops.Mkdir: self._change(changes.mkdir),
+            master_ops.Mknod: self._change(changes.mknod),
+            master_ops.Symlink: self._change(changes.symlink),
+            master_ops.Link: self._change(changes.link),
+            master_ops.Unlink: self._change(changes.unlink),
+            master_ops.Rmdir: self._change(changes.rmdir),
+            master_ops.Rename: self._change(changes.rename),
             master_ops.GetXattr: self._step(xattrs.get),
             master_ops.ListXattr: self._step(lambda r: xattrs.list(r.ino)),
-            master_ops.SetXattr: self._step(xattrs.set),
-            master_ops.RemoveXattr: self._step(xattrs.remove),
+            master_ops.SetXattr: self._change(xattrs.set),
+            master_ops.RemoveXattr: self._change(xattrs.remove),
         }
 
     def _content_handlers(self) -> dict[type[Request[Any]], Handler]:
         content = self._content
         return {
-            master_ops.Create: self._step(content.create),
-            master_ops.Open: self._step(content.open),
-            master_ops.Release: self._step(content.release),
-            master_ops.BeginWrite: self._step(self._begin_write),
-            master_ops.CommitContent: self._step(content.commit_content),
+            master_ops.Create: self._change(content.create, content.created_before),
+            master_ops.Open: self._session_step(content.open),
+            master_ops.Release: self._session_step(content.release),
+            master_ops.BeginWrite: self._change(self._begin_write, content.begun_before),
+            master_ops.CommitContent: self._change(content.commit_content),
             master_ops.WaitPersisted: _plain(self._wait_persisted),
-            master_ops.SourceChanged: _plain(self._source_changed),
+            master_ops.SourceChanged: self._of_session(self._source_changed),
         }
 
     def _worker_handlers(self) -> dict[type[Request[Any]], Handler]:
@@ -154,10 +161,55 @@ class MasterService(Service):
 
         return handle
 
+    def _session_step(self, function: Callable[[Any], Any]) -> Handler:
+        """The same for what a session asks: by the connection that it belongs to, also when the step is
+        run again later."""
+        run, sessions = self._gate.run, self._sessions
+
+        def step(peer: Peer, request: Any) -> Any:
+            sessions.of(request.session_id, peer)
+            return function(request)
+
+        def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
+            if not peer.is_trusted:
+                request = as_peer(peer, request)
+            return run(partial(step, peer, request))
+
+        return handle
+
+    def _change(
+        self, function: Callable[[Any], Any], restore: Callable[[Any, Any], Any] = _unchanged
+    ) -> Handler:
+        """The same for what is carried out once, however often it is asked (`Replies.once`)."""
+        run, once = self._gate.run, self._replies.once
+
+        def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
+            if not peer.is_trusted:
+                request = as_peer(peer, request)
+            return run(partial(once, function, request, peer, restore))
+
+        return handle
+
+    def _of_session(self, function: Callable[[Any], Any]) -> Handler:
+        """What a session asks and is no step."""
+        sessions = self._sessions
+
+        def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
+            if not peer.is_trusted:
+                request = as_peer(peer, request)
+            sessions.of(request.session_id, peer)
+            return function(request)
+
+        return handle
+
     # --- sessions ---------------------------------------------------------------------------------
 
-    def _open_session(self, req: master_ops.OpenSession) -> master_ops.SessionGrant:
-        session = self._sessions.open(req.client_name, req.hostname, req.session_id, req.open_inos)
+    def _open_session(
+        self, peer: Peer, req: master_ops.OpenSession, payload: Buffer
+    ) -> master_ops.SessionGrant:
+        if not peer.is_trusted:
+            as_peer(peer, req)
+        session = self._sessions.open(req.client_name, req.hostname, req.session_id, req.open_inos, peer)
         return master_ops.SessionGrant(
             session.session_id, self._sessions.lease_s, self._events.seq, self._cluster_id
         )
@@ -209,7 +261,7 @@ class MasterService(Service):
 
 
 def _plain(function: Callable[[Any], Any]) -> Handler:
-    """What nobody is asked for, or a session of a trusted peer."""
+    """What nobody is asked for."""
 
     def handle(peer: Peer, request: Any, payload: Buffer) -> Any | Awaitable[Any]:
         return function(request if peer.is_trusted else as_peer(peer, request))

@@ -1,6 +1,9 @@
 """Client sessions: leases, and who has which inode open. In memory; clients bring it back after a
 restart of the master (`OpenSession` with the old id and what they hold open).
 
+A session belongs to the connection by which it was opened or taken up last. What still comes by an
+earlier one was sent by a client that has given it up and asked again: it is refused.
+
 Guarded by nothing: all calls come from the master's only thread, none awaits.
 """
 
@@ -14,6 +17,7 @@ from dataclasses import dataclass, field
 from alluxiofuse.errors import FsError, SessionExpiredError, UnavailableError
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.store import Store
+from alluxiofuse.rpc.base import Peer
 
 MAX_SESSIONS = 10_000
 MAX_OPENS_PER_SESSION = 1 << 20
@@ -36,6 +40,10 @@ class Session:
     """Sum of `opens`."""
     writes: dict[int, int] = field(default_factory=dict)
     """Inode -> container that this session began to write and has not seen sealed."""
+    numbers: dict[int, int] | None = None
+    """Slot -> number of the newest change whose answer is kept (`replies`); None: not looked up yet."""
+    peer: Peer | None = None
+    """The connection that it belongs to; None: any."""
     watch_count: int = 0
     """Polls that wait here now: a session with one is alive however long the poll."""
 
@@ -52,16 +60,29 @@ class Sessions:
         self._sessions: dict[int, Session] = {}
         self._open_counts: Counter[int] = Counter()
         """Inode -> opens of all sessions: the sum of their `opens`."""
+        self.resumed_count = 0
+        """How often a session was taken up again."""
+        self.refused_count = 0
+        """Requests that came by a connection which their session had left."""
+        self.expired_count = 0
+        """Sessions whose lease ran out."""
         self._first_id = store.take_number(b"next_session")
         """Smaller ids are of earlier lives. (Taken and not used.)"""
         self._return_until_s = clock.monotonic() + (0 if close_stale_sessions else lease_s)
 
     # --- life -------------------------------------------------------------------------------------
 
-    def open(self, client_name: str, hostname: str, session_id: int, open_inos: list[int]) -> Session:
-        """A new session, or with `session_id` the one of that id. SessionExpiredError when that one
-        ended; UnavailableError when there are too many. `open_inos` (one item an open file) replaces
-        what was known to be open."""
+    def open(
+        self,
+        client_name: str,
+        hostname: str,
+        session_id: int,
+        open_inos: list[int],
+        peer: Peer | None = None,
+    ) -> Session:
+        """A new session, or with `session_id` the one of that id; `peer`'s from now on. SessionExpiredError
+        when that one ended; UnavailableError when there are too many. `open_inos` (one item an open
+        file) replaces what was known to be open."""
         now = self._clock.monotonic()
         if session_id not in self._sessions and len(self._sessions) >= MAX_SESSIONS:
             raise UnavailableError(f"{MAX_SESSIONS} clients are connected already: no more are taken")
@@ -69,12 +90,26 @@ class Sessions:
             session_id = self._store.take_number(b"next_session")
         elif session_id not in self._sessions and not self._may_return(session_id):
             raise SessionExpiredError(f"session {session_id} has ended")
+        else:
+            self.resumed_count += 1
         session = self._sessions.get(session_id)
         if session is None:
             session = self._sessions[session_id] = Session(session_id, client_name, hostname, now)
         session.seen_at_s = now
+        session.peer = peer
         self._set_opens(session, Counter(open_inos))
         return session
+
+    def of(self, session_id: int, peer: Peer) -> Session | None:
+        """The session, if there is one. SessionExpiredError when it has left this connection."""
+        session = self._sessions.get(session_id)
+        if session is not None and session.peer is not peer and session.peer is not None:
+            self.refused_count += 1
+            raise SessionExpiredError("the session goes on by another connection")
+        return session
+
+    def is_known(self, session_id: int) -> bool:
+        return session_id in self._sessions
 
     def _may_return(self, session_id: int) -> bool:
         return session_id < self._first_id and self.is_recovering

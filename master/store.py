@@ -79,6 +79,9 @@ class Store:
         """Iterators in use: while there is one, RocksDB can't be closed."""
         self._trouble: StateError | None = None
         """Why nothing can be written at present."""
+        self.reply: tuple[bytes, int] | None = None
+        """While a change with a request id runs: under which key, and with which number, the commit that
+        makes it keeps its answer; that commit sets it to None (`replies`)."""
         self._sync_lock = threading.Lock()
         """Held by the thread that syncs, so that the store is not closed under it."""
         if not is_readonly:
@@ -395,8 +398,11 @@ class Transaction:
     def delete_intent(self, mount_id: int, path: bytes) -> None:
         self.delete("persist", b"i" + u64(mount_id) + path)
 
-    def commit(self) -> None:
-        """Apply; the transaction is empty and usable again afterwards. StateError: nothing happened."""
+    def commit(self, answer: object = None) -> None:
+        """Apply; the transaction is empty and usable again afterwards. StateError: nothing happened.
+        `answer`: what this change is answered with, kept in case the request comes again."""
+        if answer is not None and (reply := self.store.reply) is not None:
+            self.put("meta", reply[0], u64(reply[1]) + encode(answer))
         if self._writes:
             batch = WriteBatch(raw_mode=True)
             handle = self.store._handle
@@ -411,6 +417,8 @@ class Transaction:
             except StateError:
                 self._after.clear()
                 raise
+            if answer is not None:
+                self.store.reply = None
         callbacks, self._after = self._after, []
         for callback in callbacks:
             callback()

@@ -72,7 +72,7 @@ class Xattrs:
     def _finish(self, tx: Transaction, session_id: int, ino: int, record: InodeRecord) -> Nothing:
         record.ctime_ns = self._namespace.clock.now_ns()
         tx.put_inode(ino, record)
-        tx.commit()
+        tx.commit(NOTHING)
         self._events.publish(session_id, Event(EVENT_ATTR, ino))
         return NOTHING
 

@@ -9,11 +9,13 @@ from typing import Protocol, TypeVar
 import msgspec
 import trio
 
-from alluxiofuse.errors import AlluxioFuseError, SessionExpiredError
+from alluxiofuse.client.request_ids import RequestIds
+from alluxiofuse.errors import AlluxioFuseError, ConnectionLost, SessionExpiredError
 from alluxiofuse.rpc.base import Connection
-from alluxiofuse.rpc.reconnecting import Reconnecting
+from alluxiofuse.rpc.reconnecting import MAX_ATTEMPTS, NotSentError, Reconnecting
+from alluxiofuse.rpc.tally import tally
 from alluxiofuse.wire import master_ops as ops
-from alluxiofuse.wire.messages import Request
+from alluxiofuse.wire.messages import Change, Request
 from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event
 
 log = logging.getLogger(__name__)
@@ -80,6 +82,7 @@ class Session:
         self._healthy_until = -1.0
         """trio time until which what was cached may be believed without a word from the master."""
         self._renewing = trio.Lock()
+        self._ids = RequestIds()
         self._released: list[int] = []
         """Opens that ended and the master has not been told of."""
         self._releasing: list[int] = []
@@ -113,19 +116,56 @@ class Session:
             await self._renew(connection)
 
     async def call(self, request: Request[R], *, is_idempotent: bool = False) -> R:
-        """Ask the master; once more in a new session when it does not know ours any more."""
+        """Ask the master; once more in a new session when it does not know ours any more. A Change is
+        carried out once, however often connections break and masters end meanwhile; only when the
+        session is lost too can it not be known whether that has happened: ConnectionLost. `is_idempotent`:
+        then it is simply done again."""
+        if isinstance(request, Change) and self._master.may_lose_answers:
+            slot = await self._ids.take()
+            try:
+                return await self._change(request, slot, is_idempotent)
+            finally:
+                self._ids.give_back(slot)
         try:
             if is_idempotent:
                 return await ask_again(self._master, request)
             return await self._master.call(request)
         except SessionExpiredError:
-            expired = getattr(request, "session_id", 0)
-            if not expired or not self.id:
+            if not await self._renewed(request):
                 raise
+        return await self._master.call(msgspec.structs.replace(request, session_id=self.id))
+
+    async def _renewed(self, request: Request[R]) -> bool:
+        """There is a new session in place of the request's; False when it did not name ours."""
+        expired = getattr(request, "session_id", 0)
+        if not expired or not self.id:
+            return False
         async with self._renewing:
             if self.id == expired:
                 await self._renew(self._master)
-        return await self._master.call(msgspec.structs.replace(request, session_id=self.id))
+        return True
+
+    async def _change(self, request: Change[R], slot: int, is_idempotent: bool) -> R:
+        request = msgspec.structs.replace(request, request_id=self._ids.next(slot))
+        lost: ConnectionLost | None = None
+        for _ in range(MAX_ATTEMPTS):
+            try:
+                return await self._master.call(request)
+            except NotSentError:
+                raise
+            except ConnectionLost as exc:
+                lost = exc
+                tally["calls_repeated"] += 1
+            except SessionExpiredError:
+                if lost is not None and not is_idempotent:
+                    tally["calls_unknown"] += 1
+                    raise ConnectionLost(
+                        f"the answer to {request.OP} was lost, and the session too: it may have been done"
+                    ) from None
+                if not await self._renewed(request):
+                    raise
+                request = msgspec.structs.replace(request, session_id=self.id)
+        raise lost or SessionExpiredError("the master ends our sessions at once")
 
     async def _renew(self, connection: Connection) -> None:
         """Take the old session up again (the connection broke, the master restarted), else start anew.

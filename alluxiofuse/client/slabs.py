@@ -179,6 +179,8 @@ class SlabCache:
         self._used: dict[int, Slab] = {}
         self._detach: list[tuple[Connection, int, bool]] = []
         self._has_detach = trio.Event()
+        self.late_count = 0
+        """Locks that came when nobody waited for them any more, and were given back."""
 
     async def attach(
         self, session_id: int, layout: Layout, worker_id: int, connection: Connection
@@ -196,13 +198,19 @@ class SlabCache:
         request = worker_ops.Attach(
             session_id, container, layout.size, layout.source, connection.can_pass_fds
         )
+
+        def late(attached: worker_ops.Attached) -> None:
+            if attached.lock_id:
+                self.late_count += 1
+                self.detach(connection, attached.lock_id)
+
         try:
-            answer = await connection.exchange(request)
+            answer = await connection.exchange(request, on_late=late)
         except NoSpaceError:
             if not self.drop_idle(worker_id):
                 return None
             await self.send_detaches()
-            answer = await connection.exchange(request)
+            answer = await connection.exchange(request, on_late=late)
         attached = answer.result
         fd = answer.fds.pop() if answer.fds else -1
         answer.close_fds()

@@ -115,7 +115,10 @@ class Service(ABC):
 
 class Connection(ABC):
     """A client's end. Calls may be made from many tasks at once (they are pipelined) and are
-    answered in any order.
+    answered in any order. Over a socket each ends: when the other end shows no sign of life
+    (ConnectionLost, the connection is over), without an answer within the request's `DEADLINE_S`
+    (UnavailableError), or when the program on whose behalf it is made is told to stop (EINTR, see
+    `interrupt`).
 
     Cancelling a call abandons its answer: the request may still be carried out by the server.
     A broken transport makes all pending and later calls raise ConnectionLost; a Connection never
@@ -123,14 +126,27 @@ class Connection(ABC):
     """
 
     @abstractmethod
-    async def exchange(self, request: Request[R], payload: Buffer = b"") -> Answer[R]:
-        """Send, wait, and give result, payload and descriptors; raises what the handler raised."""
+    async def exchange(
+        self,
+        request: Request[R],
+        payload: Buffer = b"",
+        *,
+        on_late: Callable[[R], None] | None = None,
+    ) -> Answer[R]:
+        """Send, wait, and give result, payload and descriptors; raises what the handler raised.
+        `on_late` (plain, quick) is given the result when it comes after the call was cancelled or
+        given up: to give back what the answer holds. Its descriptors are closed already."""
 
     async def call(self, request: Request[R], payload: Buffer = b"") -> R:
         """The result alone (descriptors and payload, if any, are dropped)."""
         answer = await self.exchange(request, payload)
         answer.close_fds()
         return answer.result
+
+    @property
+    def may_lose_answers(self) -> bool:
+        """It may break when a request has been carried out and its answer is not here yet."""
+        return True
 
     @property
     @abstractmethod

@@ -10,11 +10,13 @@ import errno
 import math
 import os
 import socket
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import trio
 
 from alluxiofuse.errors import (
+    AlluxioFuseError,
     AuthError,
     BadRequestError,
     ConnectionLost,
@@ -23,10 +25,12 @@ from alluxiofuse.errors import (
     UnavailableError,
     from_wire,
 )
+from alluxiofuse.rpc import interrupt
 from alluxiofuse.rpc.address import Address, TcpAddress, UnixAddress
 from alluxiofuse.rpc.base import Answer, Buffer, Connection
 from alluxiofuse.rpc.listen import peer_credentials, tune_tcp
 from alluxiofuse.rpc.reconnecting import NotSentError, Reconnecting
+from alluxiofuse.rpc.tally import tally
 from alluxiofuse.rpc.wiresocket import WireSocket
 from alluxiofuse.wire import codec
 from alluxiofuse.wire.framing import (
@@ -195,15 +199,19 @@ async def _start(
 class _Call:
     """A request on its way. `task` waits from when the request was sent."""
 
-    __slots__ = ("failure", "fds", "header", "is_waiting", "payload", "task")
+    __slots__ = ("failure", "fds", "header", "is_waiting", "looks", "on_late", "payload", "request", "task")
 
-    def __init__(self) -> None:
+    def __init__(self, request: Request[Any], on_late: Callable[[Any], None] | None) -> None:
+        self.request = request
+        self.on_late = on_late
+        self.looks = 0
+        """How many looks for signs of life it has seen."""
         self.task = trio.lowlevel.current_task()
         self.is_waiting = False
         self.header: AnswerHeader | None = None
         self.payload: Buffer = b""
         self.fds: list[int] = []
-        self.failure: PeerError | None = None
+        self.failure: AlluxioFuseError | None = None
 
     def wake(self) -> None:
         if self.is_waiting:
@@ -214,8 +222,9 @@ class _Call:
 class SocketConnection(Connection):
     """A client's end of a TCP or Unix socket; made by `connect`.
 
-    A call takes as long as its handler does, but only while there is somebody: when calls wait, and
-    for some seconds not a byte comes and nothing large goes, the connection is over."""
+    A call takes as long as its handler does (but at most the request's `DEADLINE_S`), and only while
+    there is somebody: when calls wait, and for some seconds not a byte comes and nothing large goes, the
+    connection is over."""
 
     def __init__(
         self,
@@ -233,6 +242,8 @@ class SocketConnection(Connection):
         self._calls: dict[int, _Call] = {}
         """Sent, or being sent, and not answered. An answer to an id that is missing here and below
         `_next_id` belongs to a cancelled call."""
+        self._late: dict[int, tuple[type[Request[Any]], Callable[[Any], None]]] = {}
+        """Cancelled or given up, by callers who want to know what comes nevertheless (`on_late`)."""
         self._failure: PeerError | None = None
         """Why the connection is over."""
         self._silence = trio.CancelScope()
@@ -260,7 +271,13 @@ class SocketConnection(Connection):
     async def aclose(self) -> None:
         self._fail(ConnectionLost("the connection was closed"))
 
-    async def exchange(self, request: Request[R], payload: Buffer = b"") -> Answer[R]:
+    async def exchange(
+        self,
+        request: Request[R],
+        payload: Buffer = b"",
+        *,
+        on_late: Callable[[R], None] | None = None,
+    ) -> Answer[R]:
         """See `Connection`. NotSentError (a ConnectionLost): the connection was already gone, so
         the server has not seen the request. BadRequestError: also when it is over the limits."""
         if self._failure is not None:
@@ -271,7 +288,7 @@ class SocketConnection(Connection):
         self._next_id += 1
         if not self._calls:
             self._begin_to_wait()
-        call = self._calls[request_id] = _Call()
+        call = self._calls[request_id] = _Call(request, on_late)
         try:
             await self._wire.send((head, payload) if size else (head,))
         except ConnectionLost as exc:
@@ -280,6 +297,7 @@ class SocketConnection(Connection):
             self._calls.pop(request_id, None)
             _close_all(call.fds)
             if self._failure is None and self._wire.is_mid_send:
+                self._expect_late(request_id, call)
                 self._nursery.start_soon(self._flush)
             raise
         if call.header is None and call.failure is None:
@@ -289,6 +307,7 @@ class SocketConnection(Connection):
     async def _wait(self, request_id: int, call: _Call) -> None:
         def abandon(_: Any) -> trio.lowlevel.Abort:
             del self._calls[request_id]
+            self._expect_late(request_id, call)
             return trio.lowlevel.Abort.SUCCEEDED
 
         call.is_waiting = True
@@ -298,7 +317,7 @@ class SocketConnection(Connection):
         header = call.header
         if header is None:
             assert call.failure is not None
-            raise ConnectionLost(call.failure.message)
+            raise call.failure
         if header.error is not None:
             _close_all(call.fds)
             raise from_wire(header.error.code, header.error.errno, header.error.message)
@@ -347,14 +366,40 @@ class SocketConnection(Connection):
 
     def _look(self) -> float:
         """For a sign of life; when to look again. ConnectionLost: there was none for too long."""
+        self._end_calls()
         if not self._calls:
             return math.inf
         is_alive = self._takes_much() or self._is_heard
         self._is_heard = False
         self._quiet_looks = 0 if is_alive else self._quiet_looks + 1
         if self._quiet_looks >= MAX_QUIET_LOOKS:
+            tally["connections_silent"] += 1
             raise ConnectionLost(f"no sign of life for {MAX_QUIET_LOOKS * LOOK_S:g} s")
         return trio.current_time() + LOOK_S
+
+    def _end_calls(self) -> None:
+        """Of programs that were told to stop, and those that have waited too long."""
+        for request_id, call in list(self._calls.items()):
+            call.looks += 1
+            if not call.is_waiting:
+                continue
+            if interrupt.is_told_to_stop(call.task.context.get(interrupt.serving, 0)):
+                tally["calls_interrupted"] += 1
+                call.failure = interrupt.interrupted()
+            elif call.looks * LOOK_S > call.request.DEADLINE_S:
+                tally["calls_timed_out"] += 1
+                call.failure = UnavailableError(
+                    f"{self.address} did not answer {call.request.OP} within {call.request.DEADLINE_S:g} s"
+                )
+            else:
+                continue
+            del self._calls[request_id]
+            self._expect_late(request_id, call)
+            call.wake()
+
+    def _expect_late(self, request_id: int, call: _Call) -> None:
+        if call.on_late is not None:
+            self._late[request_id] = type(call.request), call.on_late
 
     def _takes_much(self) -> bool:
         """A large request is on its way on a slow line, and gets on."""
@@ -366,6 +411,9 @@ class SocketConnection(Connection):
         call = self._calls.pop(header.id, None)
         if call is None:
             _close_all(fds)
+            kind, on_late = self._late.pop(header.id, (None, None))
+            if kind is not None and on_late is not None and header.error is None:
+                on_late(codec.decode(header.result, _result_type(kind)))
             if not 0 <= header.id < self._next_id:
                 raise ProtocolError("an answer to a request that was never made")
             return
@@ -379,8 +427,9 @@ class SocketConnection(Connection):
         self._failure = failure
         self._wire.close()
         calls, self._calls = self._calls, {}
+        self._late.clear()
         for call in calls.values():
-            call.failure = failure
+            call.failure = ConnectionLost(failure.message)
             call.wake()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import trio
@@ -38,6 +39,10 @@ class InProcess(Connection):
         self._is_closed = False
 
     @property
+    def may_lose_answers(self) -> bool:
+        return False
+
+    @property
     def can_pass_fds(self) -> bool:
         return True
 
@@ -56,7 +61,13 @@ class InProcess(Connection):
         if not self._waiting:
             self._peer.closed()
 
-    async def exchange(self, request: Request[R], payload: Buffer = b"") -> Answer[R]:
+    async def exchange(
+        self,
+        request: Request[R],
+        payload: Buffer = b"",
+        *,
+        on_late: Callable[[R], None] | None = None,
+    ) -> Answer[R]:
         if self._is_closed:
             raise NotSentError("the connection was closed")
         self._unbroken_count += 1

@@ -15,6 +15,7 @@ from msgspec import Meta
 from alluxiofuse.wire.messages import (
     U32,
     U63,
+    Change,
     Id,
     Ino,
     Message,
@@ -125,7 +126,7 @@ class GetAttr(Request[Attr]):
     ino: Ino
 
 
-class SetAttr(Request[Attr]):
+class SetAttr(Change[Attr]):
     """chmod, chown, utimens. None leaves a field as it is; `*_now` takes the master's clock.
     Size is not set here: truncation goes through the home worker and `CommitContent`."""
 
@@ -140,6 +141,7 @@ class SetAttr(Request[Attr]):
     mtime_ns: Ns | None = None
     atime_now: bool = False
     mtime_now: bool = False
+    request_id: Id = 0
 
 
 class ReadDir(Request["DirPage"]):
@@ -157,7 +159,7 @@ class DirPage(Message):
     is_last: bool
 
 
-class Create(Request["Created"]):
+class Create(Change["Created"]):
     """open(2) with O_CREAT: a regular file, opened for writing by the session when `home` is given.
 
     The name exists already: EEXIST with `exclusive`, else an `Open` of what is there (`is_new`
@@ -173,6 +175,7 @@ class Create(Request["Created"]):
     exclusive: bool
     home: Id
     """The worker that the client wants to write to; 0: not decided (opened for reading)."""
+    request_id: Id = 0
 
 
 class Created(Message):
@@ -181,16 +184,17 @@ class Created(Message):
     is_new: bool
 
 
-class Mkdir(Request[Attr]):
+class Mkdir(Change[Attr]):
     OP: ClassVar[str] = "master.mkdir"
     who: Caller
     session_id: Id
     parent: Ino
     name: Name
     mode: U32
+    request_id: Id = 0
 
 
-class Mknod(Request[Attr]):
+class Mknod(Change[Attr]):
     """A regular file, FIFO, socket or device; `mode` with its S_IFMT bits."""
 
     OP: ClassVar[str] = "master.mknod"
@@ -200,15 +204,17 @@ class Mknod(Request[Attr]):
     name: Name
     mode: U32
     rdev: U63
+    request_id: Id = 0
 
 
-class Symlink(Request[Attr]):
+class Symlink(Change[Attr]):
     OP: ClassVar[str] = "master.symlink"
     who: Caller
     session_id: Id
     parent: Ino
     name: Name
     target: SymlinkTarget
+    request_id: Id = 0
 
 
 class ReadLink(Request[bytes]):
@@ -216,7 +222,7 @@ class ReadLink(Request[bytes]):
     ino: Ino
 
 
-class Link(Request[Attr]):
+class Link(Change[Attr]):
     """EXDEV when the directory is in another mount than the inode."""
 
     OP: ClassVar[str] = "master.link"
@@ -225,14 +231,16 @@ class Link(Request[Attr]):
     ino: Ino
     parent: Ino
     name: Name
+    request_id: Id = 0
 
 
-class Unlink(Request["Unlinked"]):
+class Unlink(Change["Unlinked"]):
     OP: ClassVar[str] = "master.unlink"
     who: Caller
     session_id: Id
     parent: Ino
     name: Name
+    request_id: Id = 0
 
 
 class Unlinked(Message):
@@ -242,18 +250,19 @@ class Unlinked(Message):
     container: Id
 
 
-class Rmdir(Request[Nothing]):
+class Rmdir(Change[Nothing]):
     OP: ClassVar[str] = "master.rmdir"
     who: Caller
     session_id: Id
     parent: Ino
     name: Name
+    request_id: Id = 0
 
 
 RENAME_NOREPLACE = 1
 
 
-class Rename(Request["Renamed"]):
+class Rename(Change["Renamed"]):
     """rename(2): EXDEV across mounts, ENOTEMPTY/EEXIST on a full directory, EINVAL into itself."""
 
     OP: ClassVar[str] = "master.rename"
@@ -264,6 +273,7 @@ class Rename(Request["Renamed"]):
     new_parent: Ino
     new_name: Name
     flags: U32
+    request_id: Id = 0
 
 
 class Renamed(Message):
@@ -293,7 +303,7 @@ class GetXattr(Request[bytes]):
     name: XattrName
 
 
-class SetXattr(Request[Nothing]):
+class SetXattr(Change[Nothing]):
     OP: ClassVar[str] = "master.setxattr"
     who: Caller
     session_id: Id
@@ -302,6 +312,7 @@ class SetXattr(Request[Nothing]):
     value: XattrValue
     flags: Annotated[int, Meta(ge=0, le=2)]
     """XATTR_CREATE = 1 (EEXIST), XATTR_REPLACE = 2 (ENODATA)."""
+    request_id: Id = 0
 
 
 class ListXattr(Request[list[bytes]]):
@@ -309,12 +320,13 @@ class ListXattr(Request[list[bytes]]):
     ino: Ino
 
 
-class RemoveXattr(Request[Nothing]):
+class RemoveXattr(Change[Nothing]):
     OP: ClassVar[str] = "master.removexattr"
     who: Caller
     session_id: Id
     ino: Ino
     name: XattrName
+    request_id: Id = 0
 
 
 # --- content --------------------------------------------------------------------------------------
@@ -346,7 +358,7 @@ class Release(Request[Nothing]):
     inos: Annotated[list[int], Meta(max_length=65536)]
 
 
-class BeginWrite(Request[Layout]):
+class BeginWrite(Change[Layout]):
     """Before the first change of a sealed file's content: the file gets a home and a new container
     id, durably, so that no other copy of it is used any more. `home` is the worker that the client
     prefers; the answer names the one in force (another session may have begun before).
@@ -359,9 +371,10 @@ class BeginWrite(Request[Layout]):
     ino: Ino
     home: Id
     truncate: bool
+    request_id: Id = 0
 
 
-class CommitContent(Request[Attr]):
+class CommitContent(Change[Attr]):
     """Tell size and mtime of a file that is being written (after the worker's `EndWrite`).
 
     `is_sealed`: the worker sealed the container; the file may be cached anywhere again, and under
@@ -379,6 +392,7 @@ class CommitContent(Request[Attr]):
     """The home worker could not begin (no room, gone) and nobody has written: when no other session
     has it open for writing, the content is `base_container` with its size again and home is 0. Sent
     with is_sealed False; size and mtime are ignored."""
+    request_id: Id = 0
 
 
 class WaitPersisted(Request[bool]):
@@ -430,6 +444,7 @@ class MountUfs(Request[MountInfo]):
     when it overlaps with one that is mounted already and both can be written."""
 
     OP: ClassVar[str] = "master.mount_ufs"
+    DEADLINE_S: ClassVar[float] = 3600.0
     who: Caller
     path: Path
     uri: Text
@@ -443,6 +458,7 @@ class UnmountUfs(Request[Nothing]):
     """EBUSY while the mount has entries in the persist log or files open for writing."""
 
     OP: ClassVar[str] = "master.unmount_ufs"
+    DEADLINE_S: ClassVar[float] = 3600.0
     who: Caller
     path: Path
 
@@ -453,6 +469,7 @@ class Free(Request["FreeResult"]):
     and watching clients have confirmed (bounded by a few seconds)."""
 
     OP: ClassVar[str] = "master.free"
+    DEADLINE_S: ClassVar[float] = 3600.0
     who: Caller
     path: Path
     recursive: bool
@@ -471,6 +488,7 @@ class Persist(Request[U63]):
     it, with those that are open for writing: they are persisted once they are closed. Poll it to wait."""
 
     OP: ClassVar[str] = "master.persist"
+    DEADLINE_S: ClassVar[float] = 3600.0
     who: Caller
     path: Path
 
@@ -479,6 +497,7 @@ class SyncPath(Request[Nothing]):
     """Compare a directory (recursively when asked) or file with its under storage now."""
 
     OP: ClassVar[str] = "master.sync_path"
+    DEADLINE_S: ClassVar[float] = 3600.0
     who: Caller
     path: Path
     recursive: bool

@@ -46,6 +46,30 @@ class Request(msgspec.Struct, Generic[R], array_like=True, gc=False):
     """Arguments of one op, whose result is an `R`."""
 
     OP: ClassVar[str]
+    DEADLINE_S: ClassVar[float] = 600.0
+    """Without an answer for this long the caller gives up, however alive the other end is. Long, as an
+    answer may wait for a first listing of a large directory."""
+
+
+class Change(Request[R]):
+    """A request of a session (`session_id`) that changes something. Its last field is `request_id`: 0, or
+    what makes repeating it harmless. The client has numbered slots and uses one for one request at a
+    time, each with a larger number than the one before; the master keeps, in the batch of the change
+    itself, the newest number of each slot with its answer. A request that comes again gets that answer."""
+
+
+SLOT_BITS = 12
+MAX_SLOTS = 1 << SLOT_BITS
+"""Changes of one session that may be under way at one time."""
+
+
+def request_id(slot: int, number: int) -> int:
+    """`number` from 1."""
+    return number << SLOT_BITS | slot
+
+
+def slot_and_number(request_id: int) -> tuple[int, int]:
+    return request_id & MAX_SLOTS - 1, request_id >> SLOT_BITS
 
 
 class Nothing(Message):

@@ -102,6 +102,7 @@ class BeginWrite(Request["WriteGrant"]):
     NoSpaceError when there is no room."""
 
     OP: ClassVar[str] = "worker.begin_write"
+    DEADLINE_S: ClassVar[float] = 3600.0
     session_id: Id
     container: Id
     old_container: Id
@@ -165,6 +166,7 @@ class EndWrite(Request["WriteEnd"]):
     lock stays (as a reader's) until Detach. Durable against a kill of the worker when answered."""
 
     OP: ClassVar[str] = "worker.end_write"
+    DEADLINE_S: ClassVar[float] = 3600.0
     lock_id: Id
     dirty_pages: Annotated[bytes, Meta(max_length=1 << 24)] | None
     """Bitmap of pages this session changed."""
@@ -193,6 +195,7 @@ class SyncContainer(Request[bool]):
     """fdatasync of the slab. False: its tier is not durable, so this alone means nothing."""
 
     OP: ClassVar[str] = "worker.sync_container"
+    DEADLINE_S: ClassVar[float] = 3600.0
     lock_id: Id
 
 

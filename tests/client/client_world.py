@@ -67,6 +67,7 @@ class WorkerPart(Part):
         self.worker = worker
         self.name = name
         self.worker_id = 0
+        self.port = 0
         self.connection = InProcess(worker.service, name)
 
 
@@ -83,6 +84,8 @@ class World:
         self.workers: dict[str, WorkerPart] = {}
         self._nursery = nursery
         self._port = 0
+        self.relayed: dict[int, int] = {}
+        """TCP port of a daemon -> port of a relay in front of it, for those who dial from then on."""
 
     # --- master -------------------------------------------------------------------------------------
 
@@ -112,6 +115,10 @@ class World:
             self._port = address.port
         self._master_connection = InProcess(self.master.service, "master")
 
+    @property
+    def master_port(self) -> int:
+        return self._port
+
     async def stop_master(self) -> None:
         await self._master_connection.aclose()
         await self.master_part.stop()
@@ -122,7 +129,8 @@ class World:
                 nursery, str(self.base / "m.sock"), role="master", security=self.security
             )
         if self.kind == TCP:
-            return await connect_tcp(nursery, "127.0.0.1", self._port, role="master", security=self.security)
+            port = self.relayed.get(self._port, self._port)
+            return await connect_tcp(nursery, "127.0.0.1", port, role="master", security=self.security)
         return InProcess(self.master.service, "client")
 
     # --- workers ------------------------------------------------------------------------------------
@@ -134,8 +142,10 @@ class World:
         quota: int = 1 << 30,
         tier: str = "SSD",
         hostname: str = HERE,
+        relay: Callable[[int], int] | None = None,
         **settings: Any,
     ) -> WorkerPart:
+        """`relay`: from its TCP port to the one that clients are told."""
         config = WorkerConfig(
             state_dir=str(self.base / name),
             tiers=[
@@ -162,7 +172,9 @@ class World:
                 part.run,
                 functools.partial(serve_tcp, worker.service, "127.0.0.1", 0, security=self.security),
             )
-            worker.advertise(host="127.0.0.1", port=address.port, unix_path="")
+            part.port = address.port
+            port = relay(address.port) if relay is not None else address.port
+            worker.advertise(host="127.0.0.1", port=port, unix_path="")
         else:
             worker.advertise(host="127.0.0.1", port=0, unix_path="")
         await self._nursery.start(part.run, worker.run)
@@ -217,7 +229,7 @@ class World:
                 )
                 fs = FileSystem(master, pool, config, name=name, hostname=HERE)
                 await nursery.start(lambda task_status: run(task_status))
-                client = Client(self, fs, pool)
+                client = Client(self, fs, pool, master)
                 try:
                     yield client
                 finally:
@@ -230,9 +242,10 @@ class World:
 class Client:
     """A FileSystem with shorthands that work in the root directory."""
 
-    def __init__(self, world: World, fs: FileSystem, pool: WorkerPool) -> None:
+    def __init__(self, world: World, fs: FileSystem, pool: WorkerPool, master: Reconnecting) -> None:
         self.world = world
         self.fs = fs
+        self.master = master
         self.pool = pool
         self.paths = Paths(fs, ROOT)
         self.joined: list[Connection] = []

@@ -16,6 +16,7 @@ from alluxiofuse.master.loading import Gate
 from alluxiofuse.master.namespace import Namespace
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.tree import Tree
@@ -95,6 +96,7 @@ class World:
             self.namespace,
             self.changes,
             self.sessions,
+            Replies(self.store, self.sessions),
             self.workers,
             self.persist_log,
             self.events,

@@ -179,7 +179,7 @@ async def test_idempotent_call_is_sent_again(line: Line) -> None:
 @virtual
 async def test_call_that_breaks_every_connection_gives_up(line: Line) -> None:
     class Poison(InProcess):
-        async def exchange(self, request: Any, payload: Any = b"") -> Any:
+        async def exchange(self, request: Any, payload: Any = b"", **_: Any) -> Any:
             await self.aclose()
             raise ConnectionLost("broken by it")
 
