@@ -40,7 +40,7 @@ def mount(
       attr_timeout=SECONDS   most that names and attributes are cached for; 0: always ask
       write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
       read_ahead=SIZE        of the kernel, on this mount
-      secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|pyfuse3
+      secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|native|pyfuse3
 
     \b
     The same by mount(8) and /etc/fstab:
