@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from alluxiofuse.master import places
@@ -90,35 +91,83 @@ class Lock:
     is_tree: bool
     """With everything below."""
 
-    def conflicts(self, other: Lock) -> bool:
-        if self.mount_id != other.mount_id:
-            return False
-        if self.path == other.path:
-            return True
-        return (self.is_tree and places.is_below(other.path, self.path)) or (
-            other.is_tree and places.is_below(self.path, other.path)
-        )
-
 
 class PathLocks:
-    """Paths at which something is going on right now; few (bounded by the persister's parallelism)."""
+    """Paths at which something is going on right now. Bounded by the persister's parallelism: some
+    thousands when directories are removed, so that every question is answered by looking up the path
+    and those above it, never by going through all."""
 
     def __init__(self) -> None:
         self._held: dict[Key, tuple[Lock, ...]] = {}
+        self._at: dict[_Place, dict[Key, bool]] = {}
+        """Who holds this very path; True: with everything below."""
+        self._below: dict[_Place, Counter[Key]] = {}
+        """Who holds something below this path, and how much."""
 
     def conflict(self, locks: Iterable[Lock], key: Key) -> Key | None:
         """Who else holds one that conflicts."""
-        wanted = tuple(locks)
-        for holder, held in self._held.items():
-            if holder != key and any(a.conflicts(b) for a in wanted for b in held):
-                return holder
+        for lock in locks:
+            place = (lock.mount_id, lock.path)
+            found = _other(self._at.get(place, ()), key)
+            if found is None and lock.is_tree:
+                found = _other(self._below.get(place, ()), key)
+            if found is None:
+                found = self._tree_above(lock, key)
+            if found is not None:
+                return found
+        return None
+
+    def _tree_above(self, lock: Lock, key: Key) -> Key | None:
+        for above in _above(lock.path):
+            for holder, is_tree in self._at.get((lock.mount_id, above), {}).items():
+                if is_tree and holder != key:
+                    return holder
         return None
 
     def hold(self, key: Key, locks: Iterable[Lock]) -> None:
+        """Instead of what the key held before."""
+        self.release(key)
         self._held[key] = tuple(locks)
+        for lock in self._held[key]:
+            at = self._at.setdefault((lock.mount_id, lock.path), {})
+            at[key] = at.get(key, False) or lock.is_tree
+            for above in _above(lock.path):
+                self._below.setdefault((lock.mount_id, above), Counter())[key] += 1
 
     def release(self, key: Key) -> None:
-        self._held.pop(key, None)
+        for lock in self._held.pop(key, ()):
+            _take_out(self._at, (lock.mount_id, lock.path), key)
+            for above in _above(lock.path):
+                _take_out(self._below, (lock.mount_id, above), key)
 
     def is_held(self, key: Key) -> bool:
         return key in self._held
+
+
+_Place = tuple[int, bytes]
+"""(mount id, path)."""
+
+
+def _above(path: bytes) -> Iterator[bytes]:
+    """All directories above, the mount's own first."""
+    if path:
+        yield b""
+    yield from places.prefixes(path)
+
+
+def _other(holders: Iterable[Key], key: Key) -> Key | None:
+    return next((holder for holder in holders if holder != key), None)
+
+
+def _take_out(
+    table: dict[_Place, Counter[Key]] | dict[_Place, dict[Key, bool]], place: _Place, key: Key
+) -> None:
+    holders = table.get(place)
+    if holders is None or key not in holders:
+        return
+    if isinstance(holders, Counter) and holders[key] > 1:
+        holders[key] -= 1
+        return
+    del holders[key]
+    if not holders:
+        del table[place]
