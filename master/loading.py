@@ -41,6 +41,8 @@ class Loader(Protocol):
 
     def cache_s(self, record: InodeRecord) -> float: ...
 
+    def listed_cache_s(self, directory: int, record: InodeRecord) -> Callable[[InodeRecord], float]: ...
+
 
 _Need = tuple[int, bytes | None, bool]
 """(inode, name or None, whether a whole listing): what was asked for."""

@@ -71,6 +71,9 @@ class Namespace:
     # --- shared -----------------------------------------------------------------------------------
 
     def attr(self, ino: int, r: InodeRecord) -> Attr:
+        return self._attr(ino, r, self._cache_s(r))
+
+    def _attr(self, ino: int, r: InodeRecord, cache_s: float) -> Attr:
         return Attr(
             ino,
             r.mode,
@@ -87,7 +90,7 @@ class Namespace:
             r.home,
             persistence(r, self._is_away),
             r.mount_id,
-            self._cache_s(r),
+            cache_s,
         )
 
     def detach(self, tx: Transaction, parent: int, name: bytes, ino: int, record: InodeRecord) -> Unlinked:
@@ -139,14 +142,15 @@ class Namespace:
             # each of its pages would have all of it compared again.
             self.gate.children(ino, record)
         entries: list[DirEntry] = []
-        inode, attr = self.store.inode, self.attr
+        inode, attr = self.store.inode, self._attr
+        cache_s = self.gate.loader.listed_cache_s(ino, record)
         for name, value in self.store.scan("edge", u64(ino), after or None):
             if len(entries) == limit:
                 return DirPage(entries, False)
             child = int.from_bytes(value, "big")
             child_record = inode(child)
             if child_record is not None:
-                entries.append(DirEntry(name, attr(child, child_record)))
+                entries.append(DirEntry(name, attr(child, child_record, cache_s(child_record))))
         return DirPage(entries, True)
 
     def access(self, who: Caller, ino: int, mask: int) -> Nothing:

@@ -147,23 +147,27 @@ class Store:
         """(key without the prefix, value) in key order; `after`: strictly beyond prefix + after. A
         snapshot as of the first item: changes made meanwhile are not seen. StateError where the disk
         gives nothing more: never a scan that just ends early."""
-        iterator = self._cf[family].iter()
+        start = last = prefix if after is None else prefix + after + b"\x00"
+        cut = len(prefix)
         self._scan_count += 1
         try:
-            iterator.seek(prefix if after is None else prefix + after + b"\x00")
-            cut = len(prefix)
-            while iterator.valid():
-                key = iterator.key()
-                if not key.startswith(prefix):
+            # `items` costs 0.15 us a key, an iterator that is moved by hand 0.4. But damage just ends it.
+            for last, value in self._cf[family].items(from_key=start):
+                if not last.startswith(prefix):
                     return
-                yield key[cut:], iterator.value()
-                iterator.next()
-            try:
-                iterator.status()
-            except Exception as exc:  # rocksdict raises bare Exception
-                raise self._unreadable(exc) from None
+                yield last[cut:], value
+            self._check_end(family, last + b"\x00")
         finally:
             self._scan_count -= 1
+
+    def _check_end(self, family: str, start: bytes) -> None:
+        """StateError when what follows can't be read."""
+        try:
+            iterator = self._cf[family].iter()
+            iterator.seek(start)
+            iterator.status()
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._unreadable(exc) from None
 
     def estimate(self, family: str) -> int:
         """About how many keys a family holds."""

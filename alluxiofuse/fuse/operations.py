@@ -7,6 +7,7 @@ uid and gid of what they create. All handlers run in the trio thread, any number
 from __future__ import annotations
 
 import errno
+import itertools
 import logging
 import os
 import stat
@@ -30,6 +31,8 @@ log = logging.getLogger("alluxiofuse.fuse")
 
 STATFS_BLOCK_BYTES = 4096
 _FREE_INODES = 1 << 32
+_KIND = 0o170000
+"""S_IFMT, of which a function call is worth sparing for each entry of a listing."""
 _FIRST_ENTRY = 2
 """Directory positions: 0 the start, 1 behind `.`, 2 behind `..`, then one for each entry."""
 
@@ -390,14 +393,15 @@ class Operations(pyfuse3.Operations):
 
     @guarded_by_inode
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        return self.dirs.add(DirHandle(self.view.ours(inode)))
+        ino, fs = self.view.ours(inode), self.fs
+        return self.dirs.add(DirHandle(ino, lambda after: fs.readdir(SUPERUSER, ino, after)))
 
     @guarded_by_inode
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
         handle = self.dirs.get(fh)
         async with handle.lock:
             if start_id == 0:
-                await handle.start(self.fs.readdir(SUPERUSER, handle.ino))
+                await handle.start()
             position = start_id
             while position < _FIRST_ENTRY:
                 if not await self._list_dot(handle, position, token):
@@ -417,18 +421,19 @@ class Operations(pyfuse3.Operations):
         return self._reply_entry(token, name, entry, position + 1)
 
     async def _list_entries(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> None:
-        while True:
-            index = position - _FIRST_ENTRY
-            if not await handle.load(index + 1, self.view.changes.now):
-                return
-            found = handle.entries[index]
-            answer = self.view.listed(found.attr, handle.ino, found.name, handle.asked_at[index])
-            if not self._reply_entry(token, found.name, answer, position + 1):
-                return
-            self.view.taken(found.attr)
-            if stat.S_ISDIR(found.attr.mode):
-                self._parents[found.attr.ino] = handle.ino
-            position += 1
+        """Up to where the kernel has room. Some microseconds for each entry, most of them here, so what
+        is the same for all is found out once."""
+        reply = self._reply_entry
+        while page := await handle.page_at(position - _FIRST_ENTRY, lambda: self.view.changes.now):
+            listed = self.view.listing(handle.ino, page.asked_at)
+            for found in itertools.islice(page.entries, position - _FIRST_ENTRY - page.start, None):
+                attr = found.attr
+                if not reply(token, found.name, listed.entry(attr, found.name), position + 1):
+                    return
+                listed.taken(attr)
+                if attr.mode & _KIND == stat.S_IFDIR:
+                    self._parents[attr.ino] = handle.ino
+                position += 1
 
     @guarded
     async def releasedir(self, fh: int) -> None:

@@ -10,7 +10,6 @@ kernel's root (1). Everything here belongs to the trio thread.
 
 from __future__ import annotations
 
-import stat
 from collections.abc import Callable
 
 import pyfuse3
@@ -23,6 +22,9 @@ KERNEL_ROOT = 1
 BLOCK_SIZE_HINT = 128 << 10
 """st_blksize: what stdio and Python buffer, so the size of the writes of many programs. Each write(2)
 is one request to us, but a buffered reader that seeks about reads this much each time."""
+_KIND = 0o170000
+_REGULAR = 0o100000
+"""S_IFMT and S_IFREG."""
 MAPPED_BYTES = 4096
 """A page of the kernel's."""
 MAX_TOP_NAMES = 1 << 20
@@ -104,12 +106,9 @@ class KernelView:
         self._tell(attr).lookups += 1
         return self._filled(attr, *self._entry_timeouts(attr, parent, name, since))
 
-    def listed(self, attr: Attr, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
-        """The same, for an entry of a listing; `taken` must follow when the kernel had room for it."""
-        return self._filled(attr, *self._entry_timeouts(attr, parent, name, since))
-
-    def taken(self, attr: Attr) -> None:
-        self._tell(attr).lookups += 1
+    def listing(self, parent: int, since: int) -> Listing:
+        """For the entries of one page of a listing, within one request and without an await."""
+        return Listing(self, parent, since)
 
     def attributes(self, attr: Attr, since: int) -> pyfuse3.EntryAttributes:
         """The answer to getattr or setattr."""
@@ -142,11 +141,17 @@ class KernelView:
     def _entry_timeout(self, cache_s: float, parent: int, name: bytes, since: int) -> float:
         if not self.changes.is_current(since, (parent, name)) or not self._is_healthy():
             return 0.0
-        if parent == self.root_ino and name not in self._top_names:
-            if len(self._top_names) >= MAX_TOP_NAMES:
-                return 0.0
-            self._top_names.add(name)
+        if parent == self.root_ino and not self._remember_top(name):
+            return 0.0
         return max(0.0, min(cache_s, self._limit_s))
+
+    def _remember_top(self, name: bytes) -> bool:
+        """A name in the root directory, to be voided by `reset`. False: too many."""
+        if name not in self._top_names:
+            if len(self._top_names) >= MAX_TOP_NAMES:
+                return False
+            self._top_names.add(name)
+        return True
 
     def _attr_timeout(self, attr: Attr, since: int) -> float:
         if attr.home or not self.changes.is_current(since, attr.ino) or not self._is_healthy():
@@ -155,20 +160,10 @@ class KernelView:
 
     def _filled(self, attr: Attr, entry_s: float, attr_s: float) -> pyfuse3.EntryAttributes:
         out = pyfuse3.EntryAttributes()
-        out.st_ino = self.kernels(attr.ino)
-        out.st_mode = attr.mode
-        out.st_nlink = attr.nlink
-        out.st_uid = attr.uid
-        out.st_gid = attr.gid
-        out.st_rdev = attr.rdev
-        out.st_size = attr.size
-        out.st_blocks = (attr.size + 511) >> 9 if stat.S_ISREG(attr.mode) else 0
         out.st_blksize = BLOCK_SIZE_HINT
-        out.st_atime_ns = attr.atime_ns
-        out.st_mtime_ns = attr.mtime_ns
-        out.st_ctime_ns = attr.ctime_ns
-        out.entry_timeout = entry_s
-        out.attr_timeout = attr_s
+        fill(out, attr, entry_s, attr_s)
+        if attr.ino == self.root_ino:
+            out.st_ino = KERNEL_ROOT
         return out
 
     # --- what the kernel lets go of ---------------------------------------------------------------------
@@ -218,3 +213,60 @@ class KernelView:
             names, self._top_names = self._top_names, set()
             inos = [self.kernels(ino) for ino in self._known]
             self._invalidator.reset([(KERNEL_ROOT, name) for name in names], inos)
+
+
+class Listing:
+    """As `KernelView.entry` for many entries, of which the kernel takes as many as it has room for."""
+
+    __slots__ = ("_is_current", "_is_top", "_known", "_limit_s", "_out", "_parent", "_since", "_view")
+
+    def __init__(self, view: KernelView, parent: int, since: int) -> None:
+        self._view = view
+        self._parent = parent
+        self._since = since
+        self._known = view._known
+        is_healthy = view._is_healthy()
+        self._is_current = is_healthy and view.changes.now == since
+        """Nothing at all has changed since; else each entry is looked up."""
+        self._is_top = parent == view.root_ino
+        self._limit_s = view._limit_s if is_healthy else 0.0
+        self._out = pyfuse3.EntryAttributes()
+        self._out.st_blksize = BLOCK_SIZE_HINT
+
+    def entry(self, attr: Attr, name: bytes) -> pyfuse3.EntryAttributes:
+        """Valid until the next call; `taken` must follow when the kernel had room for it."""
+        if not self._is_current:
+            fill(self._out, attr, *self._view._entry_timeouts(attr, self._parent, name, self._since))
+            return self._out
+        cache_s, limit_s = attr.cache_s, self._limit_s
+        valid_s = cache_s if 0.0 <= cache_s <= limit_s else max(0.0, min(cache_s, limit_s))
+        is_remembered = not self._is_top or self._view._remember_top(name)
+        fill(self._out, attr, valid_s if is_remembered else 0.0, 0.0 if attr.home else valid_s)
+        return self._out
+
+    def taken(self, attr: Attr) -> None:
+        known = self._known.get(attr.ino)
+        if known is None:
+            known = self._known[attr.ino] = _Known()
+        known.container = attr.container
+        known.cache_s = attr.cache_s
+        known.size = attr.size
+        known.lookups += 1
+
+
+def fill(out: pyfuse3.EntryAttributes, attr: Attr, entry_s: float, attr_s: float) -> None:
+    """All but st_blksize, and with our own inode number."""
+    mode, size = attr.mode, attr.size
+    out.st_ino = attr.ino
+    out.st_mode = mode
+    out.st_nlink = attr.nlink
+    out.st_uid = attr.uid
+    out.st_gid = attr.gid
+    out.st_rdev = attr.rdev
+    out.st_size = size
+    out.st_blocks = (size + 511) >> 9 if mode & _KIND == _REGULAR else 0
+    out.st_atime_ns = attr.atime_ns
+    out.st_mtime_ns = attr.mtime_ns
+    out.st_ctime_ns = attr.ctime_ns
+    out.entry_timeout = entry_s
+    out.attr_timeout = attr_s

@@ -348,3 +348,41 @@ def test_statfs(tmp_path: Path) -> None:
         assert 0 < numbers.f_bavail <= numbers.f_blocks
 
     run(tmp_path, body)
+
+
+def test_going_back_in_a_large_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the last pages of an open directory are held; who goes back further gets, from there on, what
+    is there now, nothing of it twice and nothing left out."""
+    monkeypatch.setattr("alluxiofuse.client.filesystem.DIR_PAGE_ENTRIES", 7)
+
+    def names(*gone: int, start: int = 0) -> list[bytes]:
+        return [b"f%02d" % number for number in range(start, 40) if number not in gone]
+
+    async def body(w: World) -> None:
+        for name in names():
+            await w.fs.mknod(SUPERUSER, 1, name, 0o644)
+        handle = await w.ops.opendir(1, CTX)
+        behind: dict[bytes, int] = {}
+
+        async def read_on(position: int, room: int = 100) -> list[bytes]:
+            w.listing.room, w.listing.entries = room, []
+            await w.ops.readdir(handle, position, pyfuse3.ReaddirToken())
+            behind.update((name, after) for name, _, after in w.listing.entries)
+            return w.listing.names
+
+        assert await read_on(0, 3) == [b"f00"]
+        while await read_on(max(behind.values()), 3):
+            pass
+        assert sorted(behind) == [b".", b"..", *names()]
+        held = w.ops.dirs.get(handle)._pages
+        assert sum(len(page.entries) for page in held) <= 14
+        assert await read_on(behind[b"f36"]) == names(start=37)  # within what is held
+        await w.fs.unlink(SUPERUSER, 1, b"f05")
+        await w.fs.unlink(SUPERUSER, 1, b"f20")
+        assert await read_on(behind[b"f10"]) == names(20, start=11)
+        assert await read_on(behind[b"f03"], 4) == [b"f04", b"f06", b"f07", b"f08"]
+        assert await read_on(behind[b"f08"]) == names(20, start=9)
+        assert await read_on(0) == names(5, 20)
+        await w.ops.releasedir(handle)
+
+    run(tmp_path, body)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 
 from alluxiofuse.config import MasterConfig
@@ -65,6 +66,9 @@ class NothingToLoad:
 
     def cache_s(self, record: InodeRecord) -> float:
         return 60.0
+
+    def listed_cache_s(self, directory: int, record: InodeRecord) -> Callable[[InodeRecord], float]:
+        return self.cache_s
 
 
 class World:

@@ -193,7 +193,7 @@ def test_ten_thousand_entries(local_place: Place, tmp_path: Path) -> None:
         assert names == [f"f{number:05}" for number in range(10_000)]
         assert world.record("big").is_loaded
         (big / "f00003").unlink()
-        time.pass_s(11)
+        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)  # what comparing them took decides when it is due again
         assert len(await listing(world, "big")) == 9_999
 
     both(test, local_place, tmp_path)
@@ -353,3 +353,77 @@ def test_reader_met_another_version(place: Place, tmp_path: Path) -> None:
         assert world.store.inode(ino) is None
 
     both(test, place, tmp_path)
+
+
+class Calls:
+    """Counts what the store is asked, and can make listings take their time."""
+
+    def __init__(self, world: World, time: Time) -> None:
+        self.stat_count = self.list_count = 0
+        self.list_s = 0.0
+        storage, passed_s = world.storage, 0.0
+        stat_, list_, monotonic = storage.stat, storage.list, world.clock.monotonic
+
+        def stat(path: bytes) -> Any:
+            self.stat_count += 1
+            return stat_(path)
+
+        def list_slowly(*arguments: Any) -> Any:
+            nonlocal passed_s
+            self.list_count += 1
+            passed_s += self.list_s
+            time.pass_s(self.list_s)
+            return list_(*arguments)
+
+        storage.stat, storage.list = stat, list_slowly  # type: ignore[method-assign, assignment]
+        world.clock.monotonic = lambda: monotonic() + passed_s  # type: ignore[method-assign]
+
+
+def test_what_takes_long_to_compare_is_compared_less_often(local_place: Place, tmp_path: Path) -> None:
+    """A tenth of the time goes into it at most, however large a directory is: also lookups in it then
+    count what the listing showed."""
+
+    async def test(world: World, time: Time, tmp: Path) -> None:
+        outside(world, "d/a", b"1", tmp)
+        calls = Calls(world, time)
+        calls.list_s = 4.0
+        assert await listing(world, "d") == ["a"]
+        seen = calls.list_count
+        outside(world, "d/b", b"1", tmp)
+        cost_s = 4.0 * seen  # with the first page that a lookup asked for
+        time.pass_s(ufs_loader.COMPARE_SHARE * 4.0 - cost_s - 1)
+        assert await listing(world, "d") == ["a"]
+        assert await look(world, "d/b") is None
+        assert await look(world, "d/a") is not None
+        assert calls.list_count == seen
+        assert world.loader.cache_s(world.record("d/a")) <= 10 + cost_s
+        time.pass_s(cost_s + 2)
+        assert await listing(world, "d") == ["a", "b"]
+        calls.list_s = 10_000.0
+        time.pass_s(1000)
+        await listing(world, "d")
+        outside(world, "d/c", b"1", tmp)
+        time.pass_s(1)
+        assert await listing(world, "d") == ["a", "b", "c"]
+
+    both(test, local_place, tmp_path)
+
+
+def test_asking_for_all_names_one_by_one_becomes_a_listing(local_place: Place, tmp_path: Path) -> None:
+    """As `rm -r`, or `ls -l` when the kernel has let go of the attributes, does."""
+
+    async def test(world: World, time: Time, tmp: Path) -> None:
+        for number in range(300):
+            outside(world, f"d/{number:03}", b"x", tmp)
+        assert len(await listing(world, "d")) == 300
+        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)
+        calls = Calls(world, time)
+        for number in range(300):
+            assert await look(world, f"d/{number:03}") is not None
+        assert calls.list_count == 1
+        assert calls.stat_count < 3 * (ufs_loader.MIN_ASKS + 300 // ufs_loader.LOCAL_ENTRIES_PER_ASK)
+        world.storage.delete(b"d/007")
+        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)
+        assert await look(world, "d/007") is None
+
+    both(test, local_place, tmp_path)

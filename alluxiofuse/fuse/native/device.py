@@ -87,9 +87,7 @@ def mount(mountpoint: str, options: MountOptions, fsname: str) -> Device:
         if exc.errno == errno.ENOENT and not os.path.exists("/dev/fuse"):
             reason = "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
         elif exc.errno == errno.EPERM:
-            reason = (
-                "not permitted (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
-            )
+            reason = "not permitted (in a container: --device /dev/fuse --cap-add SYS_ADMIN is needed)"
         else:
             reason = exc.strerror or str(exc)
         raise UserError(f"cannot mount at {mountpoint}: {reason}") from None
