@@ -27,6 +27,7 @@ from typing import Any
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import StateError, UserError
 from alluxiofuse.master.records import (
     COLUMN_FAMILIES,
@@ -434,6 +435,7 @@ def _options() -> Options:
     options.create_missing_column_families(True)
     options.set_write_buffer_size(16 << 20)
     options.set_max_write_buffer_number(2)
+    options.set_max_open_files(descriptors.share(0.1, least=20, most=1000))
     options.set_keep_log_file_num(4)
     options.set_max_total_wal_size(64 << 20)
     return options

@@ -101,6 +101,8 @@ class Daemon:
         self.arguments = list(arguments)
         self.log = log
         self.env = dict(env or {})
+        self.prefix: list[str] = []
+        """Put before the command: a program that runs it."""
         self.ready_line = ""
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -119,7 +121,7 @@ class Daemon:
     def start(self, *, wait: bool = True) -> None:
         with open(self.log, "ab") as log:
             self.process = subprocess.Popen(
-                [*PROGRAM, *self.arguments],
+                [*self.prefix, *PROGRAM, *self.arguments],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=log,

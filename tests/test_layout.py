@@ -19,6 +19,7 @@ LAYERS: dict[str, int] = {
     "alluxiofuse.units": 0,
     "alluxiofuse.config": 0,
     "alluxiofuse.config_load": 0,
+    "alluxiofuse.descriptors": 0,
     "alluxiofuse.wire": 1,
     "alluxiofuse.rpc": 2,
     "alluxiofuse.metrics": 2,

@@ -8,17 +8,20 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 
+from alluxiofuse import descriptors
 from alluxiofuse.worker.layout import slab_path
 from alluxiofuse.worker.slab import Slab
 
-DEFAULT_LIMIT = 512
+MOST = 512
+SHARE = 0.1
+"""Of the process's descriptors; each slab may have two."""
 
 
 class Descriptors:
     """At most `limit` slabs have descriptors open here (up to two each)."""
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
-        self._limit = limit
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = descriptors.share(SHARE, most=MOST) if limit is None else limit
         self._open: OrderedDict[Slab, list[int]] = OrderedDict()
 
     def for_reading(self, slab: Slab) -> int:
@@ -52,8 +55,21 @@ class Descriptors:
         else:
             self._open.move_to_end(slab)
         if pair[kind] < 0:
-            pair[kind] = os.open(slab_path(slab.directory.root, slab.container), flags | os.O_CLOEXEC)
+            path = slab_path(slab.directory.root, slab.container)
+            try:
+                pair[kind] = os.open(path, flags | os.O_CLOEXEC)
+            except OSError as exc:
+                if exc.errno not in descriptors.EXHAUSTED:
+                    raise
+                self._give_up_half(slab)
+                pair[kind] = os.open(path, flags | os.O_CLOEXEC)
         return pair[kind]
+
+    def _give_up_half(self, kept: Slab) -> None:
+        """There are no descriptors left: others may need them more."""
+        for slab in list(self._open)[: len(self._open) // 2 + 1]:
+            if slab is not kept:
+                self.forget(slab)
 
     def _trim(self) -> None:
         while len(self._open) > self._limit:

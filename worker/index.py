@@ -26,6 +26,7 @@ from pathlib import Path
 import msgspec
 from rocksdict import Options, Rdict, WriteBatch
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import BadRequestError, StateError, UserError
 from alluxiofuse.wire.codec import decode, encode
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
@@ -65,6 +66,7 @@ def _options() -> Options:
     options.create_if_missing(True)
     options.set_write_buffer_size(8 << 20)
     options.set_max_write_buffer_number(2)
+    options.set_max_open_files(descriptors.share(0.1, least=20, most=1000))
     options.set_keep_log_file_num(2)
     options.set_max_total_wal_size(32 << 20)
     return options

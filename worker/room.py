@@ -10,6 +10,7 @@ from collections import Counter
 
 import trio
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import AlluxioFuseError, FsError, NoSpaceError
 from alluxiofuse.worker import checksums
 from alluxiofuse.worker.eviction import Drop, Move, Punch, Step, may_drop, may_move, plan_room
@@ -27,6 +28,9 @@ _MAX_FAILED_PLANS = 20
 def storage_error(exc: OSError, directory: Directory, counters: Counter[str]) -> AlluxioFuseError:
     """What a failed file operation in a tier directory means to a client. A filesystem that is full
     below the quota counts as full until it has room again."""
+    if exc.errno in descriptors.EXHAUSTED:
+        counters["descriptors_exhausted"] += 1
+        return FsError(exc.errno or errno.EMFILE, "the worker has too many open files")
     if exc.errno in (errno.ENOSPC, errno.EDQUOT):
         directory.note_full()
         return NoSpaceError("a tier's filesystem is full")

@@ -51,7 +51,7 @@ class Slabs(Accounts):
         *,
         high_watermark: float = 0.95,
         wall_s: Callable[[], float] = time.time,
-        max_open_slabs: int = 512,
+        max_open_slabs: int | None = None,
     ) -> None:
         super().__init__(tiers, high_watermark)
         self.index = index

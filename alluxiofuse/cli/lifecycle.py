@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from alluxiofuse import descriptors
 from alluxiofuse.cli.outcome import as_mistake, cause
 
 T = TypeVar("T")
@@ -51,6 +52,7 @@ class Life:
     ) -> None:
         """Run `daemons` until a signal, `stop`, or until they fail. What fails before they are ready is
         raised as a UserError (a start-up error); later failures as they are."""
+        descriptors.raise_limit()
         try:
             trio.run(self._run, daemons, on_ready)
         except BaseException as exc:

@@ -8,9 +8,11 @@ import os
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import ClassVar
 
 import trio
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import AlluxioFuseError, NoSpaceError
 from alluxiofuse.ids import PAGE_BYTES
 from alluxiofuse.rpc.base import Buffer, Connection
@@ -27,6 +29,9 @@ IDLE_S = 3.0
 MAX_IDLE_BYTES = 64 << 20
 """Of content that idle slabs lock, all together; at most a `IDLE_SHARE`th of the smallest tier."""
 IDLE_SHARE = 32
+MAX_FDS = 100_000
+FDS_SHARE = 0.3
+"""Of the process's descriptors; slabs beyond are read and written through the worker's socket."""
 DETACH_BATCH = 100
 DETACH_DELAY_S = 0.05
 _NOWAIT_FAILS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -56,6 +61,9 @@ class Slab:
         "worker_id",
     )
 
+    fd_count: ClassVar[int] = 0
+    """Descriptors that all slabs of this process have."""
+
     def __init__(
         self,
         worker_id: int,
@@ -73,6 +81,7 @@ class Slab:
         self.size = size
         self.lock_id = lock_id
         self.fd = fd
+        Slab.fd_count += fd >= 0
         self.is_complete = presence.is_complete
         self.pages: bytes = presence.pages
         self.is_durable = is_durable
@@ -150,6 +159,7 @@ class Slab:
         if self.is_dropped and not self.reader_count and self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
+            Slab.fd_count -= 1
 
 
 def _pread(fd: int, offset: int, length: int) -> Buffer:
@@ -171,6 +181,7 @@ class SlabCache:
 
     def __init__(self, max_idle_count: int, tier_bytes: Callable[[], int] = lambda: 0) -> None:
         """`tier_bytes`: capacity of the smallest tier, 0 when it is not known."""
+        self._max_fds = descriptors.share(FDS_SHARE, most=MAX_FDS)
         self._max_idle_count = max_idle_count
         self._tier_bytes = tier_bytes
         self._idle: OrderedDict[int, Slab] = OrderedDict()
@@ -196,7 +207,7 @@ class SlabCache:
                 return slab
             self._drop(slab)
         request = worker_ops.Attach(
-            session_id, container, layout.size, layout.source, connection.can_pass_fds
+            session_id, container, layout.size, layout.source, connection.can_pass_fds and self.may_take_fd()
         )
 
         def late(attached: worker_ops.Attached) -> None:
@@ -232,6 +243,12 @@ class SlabCache:
             slab.is_complete = True  # An open container is whole at its home, whatever its size is.
         self._used[container] = slab
         return slab
+
+    def may_take_fd(self) -> bool:
+        """There is a descriptor for one more slab, after letting go of one that nobody has open."""
+        if Slab.fd_count >= self._max_fds and self._idle:
+            self._drop_oldest()
+        return Slab.fd_count < self._max_fds
 
     def adopt(self, slab: Slab) -> None:
         """A slab whose lock came otherwise (its writing ended) is in use from now on."""

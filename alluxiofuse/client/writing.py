@@ -144,7 +144,7 @@ class Writing:
             0 if self.is_empty else layout.base_size,
             None if self.is_empty else layout.source,
             reserve_bytes,
-            connection.can_pass_fds,
+            connection.can_pass_fds and self._core.slabs.may_take_fd(),
         )
         self._may_be_begun = True
         try:

@@ -118,7 +118,11 @@ async def _dial_tcp(address: TcpAddress) -> socket.socket:
         raise UnavailableError(f"the host of {address} is not known: {exc}") from None
     reason = "no address"
     for family, kind, protocol, _, place in found:
-        sock = socket.socket(family, kind, protocol)
+        try:
+            sock = socket.socket(family, kind, protocol)
+        except OSError as exc:  # An address family that is off here, or no descriptor left.
+            reason = exc.strerror or str(exc)
+            continue
         try:
             await _connect(sock, place)
             if sock.getsockname() == sock.getpeername():
@@ -136,7 +140,10 @@ async def _dial_tcp(address: TcpAddress) -> socket.socket:
 
 
 async def _dial_unix(address: UnixAddress) -> socket.socket:
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise UnavailableError(f"{address} can't be dialled: {exc.strerror}") from None
     try:
         await _connect(sock, address.path)
         _, uid = peer_credentials(sock)

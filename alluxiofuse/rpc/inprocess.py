@@ -12,7 +12,7 @@ from alluxiofuse.errors import AlluxioFuseError, ConnectionLost
 from alluxiofuse.rpc.base import Answer, Buffer, Connection, FileRange, Peer, Service
 from alluxiofuse.rpc.filerange import read_range
 from alluxiofuse.rpc.reconnecting import NotSentError
-from alluxiofuse.rpc.service import HandlerTable, as_answer, as_awaitable, is_awaitable, release
+from alluxiofuse.rpc.service import HandlerTable, as_answer, as_awaitable, duplicates, is_awaitable, release
 from alluxiofuse.wire.messages import Request
 
 MAX_UNBROKEN_CALLS = 100
@@ -123,8 +123,7 @@ async def _received(result: Any) -> Answer[Any]:
     payload = answer.payload
     try:
         as_answer(answer)
-        for fd in answer.fds:
-            fds.append(os.dup(fd))
+        fds += duplicates(answer.fds)
         if isinstance(payload, FileRange):
             payload = await read_range(payload)
     except BaseException:

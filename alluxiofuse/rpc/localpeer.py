@@ -9,6 +9,8 @@ import socket
 import struct
 import sys
 
+from alluxiofuse import descriptors
+
 _NETLINK_SOCK_DIAG = 4
 _SOCK_DIAG_BY_FAMILY = 20
 _NLM_F_REQUEST = 1
@@ -26,10 +28,13 @@ _TABLES = {socket.AF_INET: "/proc/net/tcp", socket.AF_INET6: "/proc/net/tcp6"}
 
 def uid_of_local_peer(sock: socket.socket) -> int | None:
     """The uid that owns the other end of an accepted TCP connection; None when that is not a living
-    socket of this machine (an end that was closed belongs to nobody, and the kernel then says 0)."""
+    socket of this machine (an end that was closed belongs to nobody, and the kernel then says 0).
+    OSError: it can't be asked now, for want of descriptors."""
     try:
         return _ask_kernel(sock)
-    except OSError:
+    except OSError as exc:
+        if exc.errno in descriptors.EXHAUSTED:
+            raise
         return _read_table(sock)
 
 

@@ -19,6 +19,7 @@ from functools import partial
 
 import trio
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import AuthError, ConnectionLost, PeerError
 from alluxiofuse.rpc.address import TcpAddress, UnixAddress
 from alluxiofuse.rpc.base import Peer, Service
@@ -37,7 +38,10 @@ MAX_HANDSHAKES = 64
 """Connections that may be unauthenticated at one time; one more, and the oldest is dropped, so
 that honest peers, who need a few milliseconds, get in while somebody floods us."""
 ACCEPT_PAUSE_S = 0.1
-_OUT_OF_RESOURCES = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+MAX_CONNECTIONS = 10_000
+CONNECTIONS_SHARE = 0.1
+"""Of the process's descriptors, for each place that is listened at."""
+_OUT_OF_RESOURCES = {*descriptors.EXHAUSTED, errno.ENOBUFS, errno.ENOMEM}
 
 _log = logging.getLogger(__name__)
 
@@ -153,6 +157,8 @@ class _Acceptor:
         self._identify = identify
         self._handshakes: dict[trio.CancelScope, None] = {}
         """Of connections that have not proved themselves yet, oldest first."""
+        self._max_connections = descriptors.share(CONNECTIONS_SHARE, most=MAX_CONNECTIONS)
+        self._connection_count = 0
         self._limited = LimitedLog(_log)
 
     async def run(self, listeners: list[socket.socket]) -> None:
@@ -170,7 +176,20 @@ class _Acceptor:
                     self._limited.warning("cannot accept connections: %s", exc.strerror)
                     await trio.sleep(ACCEPT_PAUSE_S)
                 continue  # Else: the peer gave up before we came to it.
-            nursery.start_soon(self._serve, sock)
+            if self._connection_count >= self._max_connections:
+                # Better no than never: who waits in the queue of a full server learns nothing.
+                self._limited.warning("refused a connection: %d are open already", self._connection_count)
+                sock.close()
+                await trio.lowlevel.checkpoint()
+                continue
+            self._connection_count += 1
+            nursery.start_soon(self._serve_counted, sock)
+
+    async def _serve_counted(self, sock: socket.socket) -> None:
+        try:
+            await self._serve(sock)
+        finally:
+            self._connection_count -= 1
 
     async def _serve(self, sock: socket.socket) -> None:
         wire = WireSocket(sock, HANDSHAKE_LIMITS)

@@ -14,6 +14,7 @@ from alluxiofuse.rpc.service import (
     HandlerTable,
     as_answer,
     as_awaitable,
+    duplicates,
     is_awaitable,
     payload_length,
     release,
@@ -165,8 +166,7 @@ class ServerConnection:
         try:
             as_answer(answer)
             if self._peer.can_pass_fds:
-                for fd in answer.fds:
-                    fds.append(os.dup(fd))
+                fds += duplicates(answer.fds)
             head = encode_answer(request_id, answer.result, payload_length(answer.payload), len(fds))
         except BaseException as exc:
             Outgoing(b"", answer.payload, fds).finish()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable
+import os
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
 import msgspec
 
+from alluxiofuse import descriptors
 from alluxiofuse.errors import AlluxioFuseError, BadRequestError
 from alluxiofuse.rpc.base import Answer, Buffer, FileRange, Handler, Peer, Service
 from alluxiofuse.rpc.ratelimit import LimitedLog
@@ -96,6 +98,22 @@ def as_answer(result: Any) -> Answer[Any]:
     if payload_length(result.payload) > MAX_PAYLOAD_BYTES:
         raise ValueError(f"payload of {payload_length(result.payload)} bytes")
     return result
+
+
+def duplicates(fds: Sequence[int]) -> list[int]:
+    """Of the descriptors of an answer; none at all when this process has too many: whoever asked can
+    do without, as over TCP."""
+    made: list[int] = []
+    try:
+        for fd in fds:
+            made.append(os.dup(fd))
+    except OSError as exc:
+        for fd in made:
+            os.close(fd)
+        if exc.errno not in descriptors.EXHAUSTED:
+            raise
+        return []
+    return made
 
 
 def payload_length(payload: Buffer | FileRange) -> int:

@@ -14,7 +14,7 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from alluxiofuse.errors import AlluxioFuseError, UfsError, to_wire
+from alluxiofuse.errors import AlluxioFuseError, UfsError, UfsUnavailableError, to_wire
 from alluxiofuse.ufs import registry
 from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UnderStorage
 from alluxiofuse.ufs.upload_messages import MAX_PACKET_BYTES, Cancel, OpenMount, Order, Put, PutResult
@@ -24,6 +24,9 @@ log = logging.getLogger(__name__)
 
 NICENESS = 5
 """Uploads give way to programs that wait."""
+
+
+_EXHAUSTED = UfsUnavailableError("the upload process has too many open files")
 
 
 class Child:
@@ -44,7 +47,10 @@ class Child:
             if not data:
                 break
             order: Order = decode(data, Order)  # type: ignore[arg-type]  # a union is a type to msgspec
-            if isinstance(order, Put):
+            if isinstance(order, Put) and not fds:
+                # The kernel drops what there is no number for.
+                self._answer(PutResult(order.put_id, error=to_wire(_EXHAUSTED)))
+            elif isinstance(order, Put):
                 self._running.add(order.put_id)
                 self._pool.submit(self._put, order, fds[0])
             elif isinstance(order, Cancel):
@@ -76,6 +82,9 @@ class Child:
             os.close(fd)
             self._running.discard(order.put_id)
             self._cancelled.discard(order.put_id)
+        self._answer(result)
+
+    def _answer(self, result: PutResult) -> None:
         with self._sending:
             try:
                 self._sock.send(encode(result))
