@@ -337,7 +337,7 @@ class Changes:
         if req.mtime_now or req.mtime_ns is not None:
             record.mtime_ns = now if req.mtime_ns is None else clamp_ns(req.mtime_ns)
             if record.home:
-                record.mtime_set_at_ns = now
+                record.mtime_set_at_ns = max(record.mtime_set_at_ns, req.written_ns)
 
 
 def _require_same_kind(record: InodeRecord, target_record: InodeRecord) -> None:

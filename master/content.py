@@ -80,6 +80,7 @@ class Content:
         layout = Layout(
             ino, record.container, record.size, record.block_bytes or self._block_bytes, None, record.home, []
         )
+        layout.is_shared = record.is_shared
         if record.home:
             # A truncated file starts empty: what it was made from is of no use to the worker.
             if record.base_container and record.size:
@@ -183,10 +184,11 @@ class Content:
         self._namespace.require_writable(record)
         if record.home and not (req.truncate and not self._workers.was_heard_lately(record.home)):
             self._require_alive(record.home, req.ino)
-            self._sessions.add_writer(req.session_id, req.ino, record.container)
+            self._join(tx, req, record)
             layout = self.layout(req.ino, record)
             layout.is_joined = True
             return layout
+        base_is_shared, record.is_shared = record.is_shared, False
         if record.home:
             self._forget_open(tx, req.ino, record)
             record.home = self._workers.choose_home(req.home)
@@ -202,6 +204,7 @@ class Content:
         tx.put("meta", OPEN + u64(req.ino), b"")
         tx.put_inode(req.ino, record)
         layout = self.layout(req.ino, record)
+        layout.is_shared = base_is_shared
         tx.commit(layout)
         self._sessions.add_writer(req.session_id, req.ino, record.container)
         self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
@@ -213,6 +216,7 @@ class Content:
         if record.container != layout.container or not record.home:
             return self.begin_write(req)
         self._sessions.add_writer(req.session_id, req.ino, record.container)
+        layout.is_joined = layout.is_joined or record.is_shared
         return layout
 
     def _forget_open(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
@@ -222,6 +226,18 @@ class Content:
         forget_container(tx, container)
         tx.after_commit(partial(self._sessions.clear_writers, ino, container))
         tx.after_commit(partial(self._workers.drop_container, container, home))
+
+    def _join(self, tx: Transaction, req: BeginWrite, record: InodeRecord) -> None:
+        """One more session writes to the open container: from now on none of them knows it whole, and
+        what their kernels cached of their own writing is void."""
+        if self._sessions.writes(req.session_id, req.ino) == record.container:
+            return
+        if not record.is_shared:
+            record.is_shared = True
+            tx.put_inode(req.ino, record)
+            tx.commit()
+        self._sessions.add_writer(req.session_id, req.ino, record.container)
+        self._events.publish(req.session_id, Event(EVENT_DATA, req.ino))
 
     def _file(self, tx: Transaction, ino: int) -> InodeRecord:
         record = self._tree.record(tx, ino)
@@ -252,6 +268,8 @@ class Content:
         tx = self._store.transaction()
         record = self._file(tx, req.ino)
         if record.container != req.container:
+            if req.is_sealed and record.base_container == req.container:
+                return self._namespace.attr(req.ino, record)  # A repetition; the next writing has begun.
             raise StaleError(f"the content of inode {req.ino} was replaced meanwhile")
         if not record.home:  # Sealed already: a repetition, or the worker's word came first.
             return self._namespace.attr(req.ino, record)
@@ -260,9 +278,8 @@ class Content:
                 self.revert(tx, req.ino, record)
                 tx.commit(self._namespace.attr(req.ino, record))
             return self._namespace.attr(req.ino, record)
-        # Who closes without having written never told the worker, which may serve another writer.
-        is_last = not req.is_sealed or self._sessions.end_writer(req.session_id, req.ino)
-        if req.size or is_last:
+        is_alone = not record.is_shared and self._sessions.writes(req.session_id, req.ino) == req.container
+        if is_alone or not req.is_unbegun:
             return self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
         return self._namespace.attr(req.ino, record)
 
@@ -291,8 +308,9 @@ class Content:
         """Of a file that has a home."""
         record.size = size
         if mtime_ns > record.mtime_set_at_ns:
-            record.mtime_ns = mtime_ns
-        record.ctime_ns = self._namespace.clock.now_ns()
+            record.mtime_ns = record.mtime_set_at_ns = mtime_ns
+            # As it was before the commit for those who asked the home: closing changes no times.
+            record.ctime_ns = max(record.ctime_ns, mtime_ns)
         if is_sealed:
             self._seal(tx, ino, record)
         tx.put_inode(ino, record)

@@ -96,8 +96,11 @@ class InodeRecord(msgspec.Struct, array_like=True, gc=False):
     """Of dirty sealed content: the worker that sealed it, which surely has it (its block report
     comes only with the next heartbeat). Means nothing when the content is clean."""
     mtime_set_at_ns: int = 0
-    """While home != 0: when utimens(2) set mtime_ns (wall clock); a commit that tells of an older
-    write does not change it. 0: not set since writing began."""
+    """While home != 0: the last write (by the home's clock) that mtime_ns takes account of, because it
+    was committed or because utimens(2) came after it; a commit that tells of an older one does not
+    change mtime_ns. 0: none since writing began."""
+    is_shared: bool = False
+    """More than one session has written to `container` (`Layout.is_shared`)."""
 
 
 SYNC_CONTENT = 1

@@ -191,6 +191,12 @@ class Sessions:
     def add_writer(self, session_id: int, ino: int, container: int) -> None:
         self.touch(session_id).writes[ino] = container
 
+    def writes(self, session_id: int, ino: int) -> int:
+        """The container of the inode that the session began to write and has not seen sealed; 0: none,
+        or not known any more."""
+        session = self._sessions.get(session_id)
+        return 0 if session is None else session.writes.get(ino, 0)
+
     def clear_writers(self, ino: int, container: int) -> None:
         """`container` is sealed: nobody writes it any more."""
         for session in self._sessions.values():

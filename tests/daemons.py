@@ -102,7 +102,7 @@ class Daemon:
         self.log = log
         self.env = dict(env or {})
         self.prefix: list[str] = []
-        """Put before the command: a program that runs it."""
+        """Put before the command: a program that runs it, or becomes it."""
         self.ready_line = ""
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -200,6 +200,8 @@ class Site:
         SITES.append(self.base)
         self.mount = self.base / "mnt"
         self.mount.mkdir()
+        self.mounts = [self.mount]
+        """All places where something may be mounted."""
         self.env: dict[str, str] = {}
         self.daemons: list[Daemon] = []
         self.expects_clean_end = True
@@ -254,10 +256,11 @@ class Site:
                 wrong.append(f"{daemon.name} ended with {code}:\n{daemon.log_text()[-4000:]}")
             if "Traceback (most recent call last)" in daemon.log_text() and self.expects_clean_end:
                 wrong.append(f"{daemon.name} logged a traceback:\n{daemon.log_text()[-6000:]}")
-        for line in mount_lines(self.mount):
-            if self.expects_clean_end:
-                wrong.append(f"still mounted: {line}")
-            subprocess.run(["umount", "--lazy", str(self.mount)], check=False)
+        for place in self.mounts:
+            for line in mount_lines(place):
+                if self.expects_clean_end:
+                    wrong.append(f"still mounted: {line}")
+                subprocess.run(["umount", "--lazy", str(place)], check=False)
         if not wrong:
             shutil.rmtree(self.base, ignore_errors=True)
         return wrong

@@ -65,6 +65,7 @@ class WorkerService(Service):
             worker_ops.Fetch: reader("fetch"),
             worker_ops.Read: reader("read"),
             worker_ops.StatContainer: reader("stat"),
+            worker_ops.ForgetMtime: writer("forget_mtime"),
             worker_ops.BeginWrite: writer("begin"),
             worker_ops.Reserve: writer("reserve"),
             worker_ops.Write: self._write,

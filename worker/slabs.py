@@ -40,6 +40,10 @@ from alluxiofuse.worker.slab import (
 )
 from alluxiofuse.worker.tiers import Directory, Tiers
 
+NOT_WRITTEN = (0, 0)
+"""Access and modification time of a slab's file when writing begins: a write sets the latter
+(`worker_ops.ContainerStat`)."""
+
 
 class Slabs(Accounts):
     """All slabs of a worker."""
@@ -280,6 +284,7 @@ class Slabs(Accounts):
         slab = Slab(container, 0, directory, WRITING)
         fd = os.open(self.path(slab), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         self.fds.adopt(slab, fd)
+        os.utime(fd, NOT_WRITTEN)
         self.index.put(container, self._record(slab))
         self.by_container[container] = slab
         slab.reserved = slab.granted_end = charge_bytes
@@ -296,6 +301,7 @@ class Slabs(Accounts):
         assert not slab.jobs
         old = slab.container
         old_path = self.path(slab)
+        os.utime(old_path, NOT_WRITTEN)
         record = self._record(slab)
         record.state, record.was = WRITING, old
         batch = self.index.batch()

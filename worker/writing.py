@@ -29,6 +29,7 @@ from alluxiofuse.wire.worker_ops import (
     MAX_IO_BYTES,
     BeginWrite,
     EndWrite,
+    ForgetMtime,
     Reserve,
     Reserved,
     SyncContainer,
@@ -45,7 +46,7 @@ from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.sealing import Sealer
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
-from alluxiofuse.worker.slabs import Slabs
+from alluxiofuse.worker.slabs import NOT_WRITTEN, Slabs
 
 log = logging.getLogger(__name__)
 
@@ -498,6 +499,20 @@ class Writing:
             slab.is_renamed = slab.is_renamed or is_renamed
             os.close(fd)
         return True
+
+    # --- ForgetMtime ------------------------------------------------------------------------------
+
+    def forget_mtime(self, peer: Peer, request: ForgetMtime) -> int:
+        slab = self._slabs.get(request.container)
+        if slab is None or slab.state != WRITING:
+            raise StaleError(f"container {request.container:x} is not open for writing here")
+        fd = self._fd(slab)
+        try:
+            mtime_ns = os.fstat(fd).st_mtime_ns
+            os.utime(fd, NOT_WRITTEN)
+        except OSError as exc:
+            raise storage_error(exc, slab.directory, self._slabs.counters) from None
+        return mtime_ns
 
     # --- common -----------------------------------------------------------------------------------
 

@@ -7,7 +7,6 @@ Writing passes here between master and worker (`writing.Writing` is the worker's
 from __future__ import annotations
 
 import logging
-import time
 from typing import TYPE_CHECKING
 
 import msgspec
@@ -26,6 +25,7 @@ from alluxiofuse.errors import (
 )
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
+from alluxiofuse.wire.worker_ops import WriteEnd
 
 if TYPE_CHECKING:
     from alluxiofuse.client.open_file import OpenFile
@@ -54,6 +54,8 @@ class Content:
         """Attached for reading `layout`'s container (while not `writing`)."""
         self.is_stale = False
         """The master said that attributes or content changed: ask before the next use."""
+        self.data_event_count = 0
+        """How often the master said that other sessions changed the content."""
         self.replaced: set[int] = set()
         """Containers whose object in the under storage was replaced: a file that has read from one
         must not go on with the next."""
@@ -74,13 +76,22 @@ class Content:
         writing = self.writing
         if writing is None:
             return attr
+        written_ns = writing.written_ns
         return msgspec.structs.replace(
             attr,
             size=writing.size,
-            mtime_ns=writing.mtime_ns,
+            mtime_ns=written_ns or attr.mtime_ns,
+            ctime_ns=max(attr.ctime_ns, written_ns),
             container=writing.container,
             home=writing.worker_id,
         )
+
+    async def looked_at(self, attr: Attr) -> Attr:
+        """`overlay`, with what the home says now where only that knows."""
+        writing = self.writing
+        if writing is not None:
+            await writing.look()
+        return self.overlay(attr)
 
     # --- what the master says -----------------------------------------------------------------------
 
@@ -185,7 +196,7 @@ class Content:
 
     async def assign(self, *, is_truncating: bool) -> Writing:
         """Under the lock, while not writing: the master gives home and container."""
-        session = self.core.session
+        session, heard = self.core.session, self.data_event_count
         layout = await self.core.with_home(
             lambda home: session.call(
                 ops.BeginWrite(session.id, self.ino, home, is_truncating), is_idempotent=True
@@ -193,15 +204,23 @@ class Content:
         )
         # What was joined may have others' bytes, whatever the master knows of its size.
         is_empty = not layout.is_joined and (is_truncating or not layout.base_size)
-        writing = Writing(self.core, layout, is_empty=is_empty, mtime_ns=time.time_ns())
+        writing = Writing(self.core, layout, is_empty=is_empty)
+        # News may overtake the answer.
+        writing.is_shared = writing.is_shared or heard != self.data_event_count
         self.drop_slab()
-        self.start(writing, self.layout.container)
+        self.start(writing)
+        pages = self.core.kernel_pages
+        if layout.is_joined:
+            pages.forget(self.ino)
+        elif is_empty:
+            pages.opened(self.ino, layout.container)  # The kernel empties it too.
+        else:
+            pages.written(self.ino, layout.base_container, layout.container, is_shared=layout.is_shared)
         return writing
 
-    def start(self, writing: Writing, old_container: int) -> None:
+    def start(self, writing: Writing) -> None:
         self.writing = writing
         self.core.transition_count += 1
-        self.core.kernel_pages.written(self.ino, old_container, writing.container)
 
     async def _abandon(self, writing: Writing) -> None:
         """The home has no room to begin: let the old content be the content again. A new or emptied
@@ -245,15 +264,13 @@ class Content:
 
     async def _commit_end(self, writing: Writing) -> None:
         """Under the lock, after `writing.end`."""
-        end, session = writing.result, self.core.session
+        end = writing.result
         assert end is not None
         try:
-            attr = await session.call(
-                ops.CommitContent(
-                    session.id, self.ino, writing.container, end.size, writing.mtime_ns, end.is_sealed
-                ),
-                is_idempotent=True,
-            )
+            attr = await self._tell_end(writing, end)
+            if writing.is_unbegun and attr.home and attr.container == writing.container:
+                end = await writing.end_at_home()  # Others may be writing, or have just ended.
+                attr = await self._tell_end(writing, end)
         except StaleError:
             if end.is_sealed:
                 raise
@@ -273,6 +290,21 @@ class Content:
         if self.slab is not None:
             self.core.slabs.adopt(self.slab)
 
+    async def _tell_end(self, writing: Writing, end: WriteEnd) -> Attr:
+        session = self.core.session
+        return await session.call(
+            ops.CommitContent(
+                session.id,
+                self.ino,
+                writing.container,
+                end.size,
+                end.mtime_ns,
+                end.is_sealed,
+                is_unbegun=writing.is_unbegun,
+            ),
+            is_idempotent=True,
+        )
+
     async def commit(self) -> None:
         """Let others see size and mtime so far; the file stays open for writing."""
         writing, session = self.writing, self.core.session
@@ -280,9 +312,10 @@ class Content:
             return
         writing.is_uncommitted = False
         try:
+            await writing.look()
             self.attr = await session.call(
                 ops.CommitContent(
-                    session.id, self.ino, writing.container, writing.size, writing.mtime_ns, is_sealed=False
+                    session.id, self.ino, writing.container, writing.size, writing.written_ns, is_sealed=False
                 ),
                 is_idempotent=True,
             )

@@ -29,24 +29,31 @@ MAX_KERNEL_CONTAINERS = 100_000
 
 
 class KernelPages:
-    """Which content the kernel may have in its page cache, by inode; bounded, least recent first out."""
+    """Which content the kernel may have in its page cache, by inode; bounded, least recent first out.
+
+    A container names bytes, but while several sessions write to it each kernel's pages are only what
+    passed through that kernel. So what was cached of such a container is forgotten, and once it is
+    sealed it goes by another number (`Layout.is_shared`)."""
 
     def __init__(self, max_count: int = MAX_KERNEL_CONTAINERS) -> None:
         self._max_count = max_count
         self._containers: OrderedDict[int, int] = OrderedDict()
 
-    def opened(self, ino: int, container: int) -> bool:
-        """The kernel is about to cache this content; whether what it may have already is the same."""
-        is_same = self._containers.get(ino) == container
-        self._containers[ino] = container
+    def opened(self, ino: int, container: int, *, is_shared: bool = False) -> bool:
+        """The kernel is about to cache this content, which changes only by writes through that kernel;
+        whether what it may have already is the same."""
+        key = -container if is_shared else container
+        is_same = self._containers.get(ino) == key
+        self._containers[ino] = key
         self._containers.move_to_end(ino)
         if len(self._containers) > self._max_count:
             self._containers.popitem(last=False)
         return is_same
 
-    def written(self, ino: int, old: int, new: int) -> None:
-        """`old` becomes `new` by writes that pass through the kernel: its pages follow."""
-        if self._containers.get(ino) == old:
+    def written(self, ino: int, old: int, new: int, *, is_shared: bool = False) -> None:
+        """`old` becomes `new` by writes that pass through the kernel: its pages follow. `is_shared`: of
+        `old`."""
+        if self._containers.get(ino) == (-old if is_shared else old):
             self._containers[ino] = new
         else:
             self._containers.pop(ino, None)

@@ -24,7 +24,7 @@ from alluxiofuse.client.parallel import unwrapped
 from alluxiofuse.client.session import CacheListener, Session
 from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
-from alluxiofuse.client.writing import Writing
+from alluxiofuse.client.writing import LOOK_S, Writing
 from alluxiofuse.config import ClientConfig
 from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.rpc.base import Connection
@@ -50,8 +50,6 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 DIR_PAGE_ENTRIES = 2000
-LIVE_STAT_S = 1.0
-"""How long a home may take to tell the size of what is being written there."""
 CLOSING_S = 5.0
 """How long a cancelled `run` may take to commit what is being written."""
 
@@ -169,6 +167,10 @@ class FileSystem:
         content = self._contents.get(event.ino)
         if content is not None and event.kind in (EVENT_ATTR, EVENT_DATA):
             content.is_stale = True
+            if event.kind == EVENT_DATA:
+                content.data_event_count += 1
+                if content.writing is not None:
+                    content.writing.is_shared = True
 
     def all_changed(self) -> None:
         self._core.kernel_pages.clear()
@@ -195,18 +197,26 @@ class FileSystem:
             return attr
         content = self._contents.get(attr.ino)
         if content is not None and content.writing is not None:
-            return content.overlay(attr)
-        stat = None
-        with trio.move_on_after(LIVE_STAT_S):
-            try:
-                connection = await self._workers.connection(attr.home)
-                stat = await connection.call(worker_ops.StatContainer(attr.container))
-            except AlluxioFuseError as exc:
-                log.debug("no live attributes of inode %d: %s", attr.ino, exc)
+            return await content.looked_at(attr)
+        stat = await self._ask_home(attr, worker_ops.StatContainer(attr.container))
         if stat is None:
             return attr
-        mtime_ns = max(stat.mtime_ns, attr.mtime_ns) if stat.size != attr.size else attr.mtime_ns
-        return msgspec.structs.replace(attr, size=stat.size, mtime_ns=mtime_ns)
+        return msgspec.structs.replace(
+            attr,
+            size=stat.size,
+            mtime_ns=stat.mtime_ns or attr.mtime_ns,
+            ctime_ns=max(attr.ctime_ns, stat.mtime_ns),
+        )
+
+    async def _ask_home(self, attr: Attr, request: Request[R]) -> R | None:
+        """None when it does not answer soon, or does not know."""
+        with trio.move_on_after(LOOK_S):
+            try:
+                connection = await self._workers.connection(attr.home)
+                return await connection.call(request)
+            except AlluxioFuseError as exc:
+                log.debug("inode %d at its home: %s", attr.ino, exc)
+        return None
 
     async def setattr(
         self,
@@ -230,17 +240,23 @@ class FileSystem:
         changes = (mode, uid, gid, atime_ns, mtime_ns)
         if attr is not None and not (atime_now or mtime_now) and all(change is None for change in changes):
             return attr
-        request = ops.SetAttr(who, self._session.id, ino, *changes, atime_now, mtime_now)
-        attr = await self._session.call(request)
+        # An mtime that is set after the last write wins over it, a later write wins over this.
+        sets_mtime = mtime_ns is not None or mtime_now
+        written_ns = 0
         content = self._contents.get(ino)
-        if content is None:
-            return await self._live(attr)
-        content.attr = attr
-        writing = content.writing
-        if writing is not None and (mtime_ns is not None or mtime_now):
-            # What is set after the last write wins over it; a later write wins over this.
-            writing.mtime_ns = attr.mtime_ns if mtime_ns is None else mtime_ns
-        return content.overlay(attr)
+        writing = None if content is None else content.writing
+        if sets_mtime and writing is not None:
+            written_ns = await writing.forget_mtime()
+        request = ops.SetAttr(who, self._session.id, ino, *changes, atime_now, mtime_now, written_ns)
+        attr = await self._session.call(request)
+        if sets_mtime and writing is None and attr.home:
+            written = await self._ask_home(attr, worker_ops.ForgetMtime(attr.container))
+            if written:
+                attr = await self._session.call(msgspec.structs.replace(request, written_ns=written))
+        content = self._contents.get(ino)
+        if content is not None:
+            content.attr = attr
+        return await self._live(attr)
 
     async def _truncate(self, who: Caller, ino: int, size: int, file: OpenFile | None) -> Attr:
         if file is not None and file.is_writer and not file.is_released:
@@ -376,10 +392,14 @@ class FileSystem:
         created = await (self._core.with_home(ask) if is_writer else ask(0))
         content = self._opened(created.attr, created.layout, asked_at)
         if not created.is_new:
-            return await self._finish_open(content, created.layout, flags)
+            file = await self._finish_open(content, created.layout, flags)
+            try:
+                return await content.looked_at(content.attr), file
+            except BaseException:
+                await file.release()
+                raise
         if created.layout.home and content.writing is None:
-            writing = Writing(self._core, created.layout, is_empty=True, mtime_ns=created.attr.mtime_ns)
-            content.start(writing, 0)
+            content.start(Writing(self._core, created.layout, is_empty=True))
         self._core.kernel_pages.opened(content.ino, created.layout.container)
         return content.live_attr, OpenFile(content, flags, keep_cache=False)
 
@@ -389,8 +409,7 @@ class FileSystem:
         asked_at = self._core.transition_count
         opened = await self._ask(ops.Open(who, self._session.id, ino, is_writer))
         content = self._opened(opened.attr, opened.layout, asked_at)
-        _, file = await self._finish_open(content, opened.layout, flags)
-        return file
+        return await self._finish_open(content, opened.layout, flags)
 
     def _opened(self, attr: Attr, layout: Layout, asked_at: int) -> Content:
         """The master has counted an open: an OpenFile must follow without an await. `asked_at`: the
@@ -402,16 +421,12 @@ class FileSystem:
             content.take(attr, layout)
         else:
             content.is_stale = True
+        if content.writing is not None and layout.is_shared:
+            content.writing.is_shared = True
         return content
 
-    async def _finish_open(self, content: Content, layout: Layout, flags: int) -> tuple[Attr, OpenFile]:
-        writing = content.writing
-        container = layout.container if writing is None else writing.container
-        keep_cache = self._core.kernel_pages.opened(content.ino, container)
-        if writing is None and layout.home:
-            keep_cache = False  # Others write to it.
-            self._core.kernel_pages.forget(content.ino)
-        file = OpenFile(content, flags, keep_cache=keep_cache)
+    async def _finish_open(self, content: Content, layout: Layout, flags: int) -> OpenFile:
+        file = OpenFile(content, flags, keep_cache=self._keeps_cache(content, layout))
         if flags & os.O_TRUNC:
             try:
                 await content.truncate(0)
@@ -420,4 +435,13 @@ class FileSystem:
             except BaseException:
                 await file.release()
                 raise
-        return content.live_attr, file
+        return file
+
+    def _keeps_cache(self, content: Content, layout: Layout) -> bool:
+        writing, pages = content.writing, self._core.kernel_pages
+        if writing is None and not layout.home:
+            return pages.opened(content.ino, layout.container, is_shared=layout.is_shared)
+        if writing is not None and writing.container == layout.container and not layout.is_shared:
+            return pages.opened(content.ino, writing.container)
+        pages.forget(content.ino)  # Others write to it.
+        return False

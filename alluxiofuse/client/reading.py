@@ -95,7 +95,7 @@ async def _read_own(file: OpenFile, content: Content, offset: int, size: int) ->
         await content.seal()
         return await read(file, content, offset, size)
     if writing.slab is None:
-        if writing.is_empty:
+        if writing.is_empty and not writing.is_shared:
             return b""
         await content.begun(0)
         return await read(file, content, offset, size)

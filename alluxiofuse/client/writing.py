@@ -47,6 +47,8 @@ INLINE_WRITE_BYTES = 128 << 10
 MAX_ISLANDS = 16
 MAX_DIRTY_PAGES = 1 << 20
 """Pages that the bitmap tells apart; beyond (1 TiB) all count as changed."""
+LOOK_S = 1.0
+"""How long a home may take to tell size and times."""
 _RETRY_S = 0.1
 _WHOLE = Presence(is_complete=True, pages=b"")
 
@@ -59,25 +61,27 @@ class SealedMeanwhile(StaleError):
 class Writing:
     """Guarded by its Content's lock: `begin`, `end`, `close`. The rest may run in many tasks."""
 
-    def __init__(self, core: Core, layout: Layout, *, is_empty: bool, mtime_ns: int) -> None:
+    def __init__(self, core: Core, layout: Layout, *, is_empty: bool) -> None:
         """`layout` as the master answered BeginWrite or Create. `is_empty`: it starts without content
         (new or truncated), whatever its base is."""
         self._core = core
         self._layout = layout
         self.is_empty = is_empty
         self.is_joined = layout.is_joined
+        self.is_shared = layout.is_joined
+        """Other sessions write to it too, as far as this client has heard."""
         self.container = layout.container
         self.worker_id = layout.home
         self.slab: Slab | None = None
         """While begun; its connection and lock id are those to use."""
         self.result: WriteEnd | None = None
         self.is_ending = False
-        self.mtime_ns = mtime_ns
-        """Of the last write or explicit setting, whichever was later."""
         self.is_uncommitted = True
         """Size or mtime changed since the master was told."""
         self._size = 0 if is_empty else layout.base_size
-        """Where there is no descriptor: as far as this client knows."""
+        """Where there is no descriptor: as the home said last, and our own writes since."""
+        self._written_ns = 0
+        """Likewise."""
         self._granted_end = 0
         self._islands: list[tuple[int, int]] = []
         """[start, end) beyond the granted end that may be written too, the latest last; some."""
@@ -87,6 +91,8 @@ class Writing:
         """Calls inside `_busy`: `end` waits for them."""
         self._idle = trio.Event()
         self._recovering = trio.Lock()
+        self.is_unbegun = False
+        """Ended without the home having been told that it began."""
         self._may_be_ended = False
         """The worker was asked to end, and its answer was not heard."""
         self._may_be_begun = False
@@ -111,12 +117,53 @@ class Writing:
 
     @property
     def size(self) -> int:
-        """Now; other sessions may write to the same slab."""
-        slab = self.slab
-        if slab is None or slab.fd < 0:
-            return self._size
-        self._size = os.fstat(slab.fd).st_size
+        """Now; other sessions may write to the same slab. Without a descriptor: see `look`."""
+        self._look_at_slab()
         return self._size
+
+    @property
+    def written_ns(self) -> int:
+        """When it was written last, as of `worker_ops.ContainerStat`; see `size`."""
+        self._look_at_slab()
+        return self._written_ns
+
+    def _look_at_slab(self) -> None:
+        slab = self.slab
+        if slab is not None and slab.fd >= 0:
+            found = os.fstat(slab.fd)
+            self._size, self._written_ns = found.st_size, found.st_mtime_ns
+
+    async def look(self) -> None:
+        """Bring `size` and `written_ns` up to date where there is no descriptor to ask: others may
+        write too, and the clock is the home's. Does its best."""
+        slab = self.slab
+        is_known = not self.is_shared if slab is None else slab.fd >= 0
+        if is_known or self.result is not None:
+            return
+        with trio.move_on_after(LOOK_S):
+            try:
+                connection = await self._core.workers.connection(self.worker_id)
+                stat = await connection.call(worker_ops.StatContainer(self.container))
+            except AlluxioFuseError as exc:
+                log.debug("container %d is not looked at: %s", self.container, exc)
+                return
+            if self.slab is slab and self.result is None:
+                self._size, self._written_ns = stat.size, stat.mtime_ns
+
+    async def forget_mtime(self) -> int:
+        """See `worker_ops.ForgetMtime`; 0 also when the home can't be asked."""
+        slab = self.slab
+        if slab is None:
+            return 0
+        with trio.move_on_after(LOOK_S):
+            try:
+                written_ns = await slab.connection.call(worker_ops.ForgetMtime(self.container))
+            except AlluxioFuseError as exc:
+                log.debug("the times of container %d: %s", self.container, exc)
+                return 0
+            self._written_ns = 0
+            return written_ns
+        return 0
 
     # --- begin and end ------------------------------------------------------------------------------
 
@@ -201,20 +248,21 @@ class Writing:
                 await self.begin(0)
             except StaleError as exc:
                 self.is_ending = True
-                self.result = WriteEnd(await self._sealed_size(), self.mtime_ns, True)
+                self.result = await self._sealed_by_worker()
                 raise SealedMeanwhile(exc.message) from None
             log.info("writing of container %d goes on after its worker was away", self.container)
             assert self.slab is not None
             return self.slab
 
-    async def _sealed_size(self) -> int:
-        """Of what the worker sealed without us: other sessions may have written to it, and calls of
-        ours may have been carried out whose answers were lost."""
+    async def _sealed_by_worker(self) -> WriteEnd:
+        """What the worker sealed without us: other sessions may have written to it, and calls of ours
+        may have been carried out whose answers were lost."""
         connection = await self._core.workers.connection(self.worker_id)
         try:
-            return (await connection.call(worker_ops.StatContainer(self.container))).size
+            stat = await connection.call(worker_ops.StatContainer(self.container))
         except StaleError:
-            return self.size  # It is in the under storage already, so the master knows better.
+            return WriteEnd(self.size, 0, True)  # In the under storage already: the master knows better.
+        return WriteEnd(stat.size, stat.mtime_ns, True)
 
     async def _ask(self, build: Callable[[int], Request[R]]) -> R:
         """A call about the lock that may be done twice; again after the worker was away."""
@@ -242,10 +290,11 @@ class Writing:
                 await self._idle.wait()
             if self.slab is None and not self.is_empty:
                 await self.begin(0)
-            elif self.slab is None and self._may_be_begun:
+            elif self.slab is None and (self._may_be_begun or self.is_shared):
                 await self._begin_to_end()
             if self.slab is None:
-                self.result = WriteEnd(0, self.mtime_ns, True)
+                self.is_unbegun = True
+                self.result = WriteEnd(0, 0, True)
             else:
                 self.result = await self._end_at_worker()
                 self._size = self.result.size
@@ -272,6 +321,11 @@ class Writing:
         except AlluxioFuseError as exc:
             self._may_be_ended = isinstance(exc, PeerError)
             raise
+
+    async def end_at_home(self) -> WriteEnd:
+        """After an end of which the home was not told, and which is not enough: end it there."""
+        self.result, self.is_unbegun, self.is_shared = None, False, True
+        return await self.end()
 
     def abandon(self) -> None:
         """Leave it to the worker to end it, and to tell the master if that was not done."""
@@ -417,7 +471,8 @@ class Writing:
 
     def _changed(self, start: int, end: int) -> None:
         """[start, end) was written just now."""
-        self.mtime_ns = time.time_ns()
+        if self.slab is None or self.slab.fd < 0:
+            self._written_ns = time.time_ns()  # Until the home says better: `look`.
         self.is_uncommitted = True
         if end > self._size:
             self._size = end

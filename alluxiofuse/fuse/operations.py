@@ -344,11 +344,10 @@ class Operations(pyfuse3.Operations):
         return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache)
 
     def _warn_kernel(self, attr: Attr, flags: int) -> None:
-        """What is opened is other content than the kernel has the size of: it must ask again, even if
-        the news of the change is still on its way. Voiding attributes alone waits for nothing in the
+        """What is opened has other attributes than the kernel was told: it must ask again, even if the
+        news of the change is still on its way. Voiding attributes alone waits for nothing in the
         kernel, so it may be done here; with O_TRUNC the kernel knows the size itself."""
-        told = self.view.container_of(attr.ino)
-        if self._kernel is not None and told not in (-1, attr.container) and not flags & os.O_TRUNC:
+        if self._kernel is not None and not flags & os.O_TRUNC and self.view.believes_otherwise(attr):
             self._kernel.invalidate_inode(self.view.kernels(attr.ino), True)
 
     @guarded

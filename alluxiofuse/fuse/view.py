@@ -34,12 +34,12 @@ MAX_TOP_NAMES = 1 << 20
 class _Known:
     """An inode that the kernel holds a reference to."""
 
-    __slots__ = ("cache_s", "container", "lookups", "size")
+    __slots__ = ("cache_s", "lookups", "size", "told")
 
     def __init__(self) -> None:
         self.lookups = 0
-        self.container = -1
-        """As of the last attributes that it was given; -1 none."""
+        self.told: Attr | None = None
+        """The last attributes that it was given."""
         self.cache_s = 0.0
         self.size = 0
         """As the kernel has it: as it was last told, and its own writes."""
@@ -76,10 +76,11 @@ class KernelView:
     def knows(self, ino: int) -> bool:
         return ino == self.root_ino or ino in self._known
 
-    def container_of(self, ino: int) -> int:
-        """Whose attributes the kernel was given last; -1: it was given none."""
-        known = self._known.get(ino)
-        return -1 if known is None else known.container
+    def believes_otherwise(self, attr: Attr) -> bool:
+        """The kernel may go on believing other attributes than these, or these are not to be believed
+        for any time (being written)."""
+        known = self._known.get(attr.ino)
+        return known is not None and (attr.home != 0 or known.told != attr)
 
     def is_mapped_write(self, ino: int, offset: int) -> bool:
         """A write by a handle with O_APPEND that is not to the end: the kernel writes pages of shared
@@ -130,7 +131,7 @@ class KernelView:
         known = self._known.get(attr.ino)
         if known is None:
             known = self._known[attr.ino] = _Known()
-        known.container = attr.container
+        known.told = attr
         known.cache_s = attr.cache_s
         known.size = attr.size
         return known

@@ -141,6 +141,9 @@ class SetAttr(Change[Attr]):
     mtime_ns: Ns | None = None
     atime_now: bool = False
     mtime_now: bool = False
+    written_ns: Ns = 0
+    """With an mtime, of a file that has a home: what the home's `ForgetMtime` answered just now. A
+    commit that tells of writes up to then does not change the mtime."""
     request_id: Id = 0
 
 
@@ -375,7 +378,8 @@ class BeginWrite(Change[Layout]):
 
 
 class CommitContent(Change[Attr]):
-    """Tell size and mtime of a file that is being written (after the worker's `EndWrite`).
+    """Tell size and mtime of a file that is being written (after the worker's `EndWrite`). `mtime_ns`
+    is of the home's clock, as it told; 0: not written since writing began, or since `ForgetMtime`.
 
     `is_sealed`: the worker sealed the container; the file may be cached anywhere again, and under
     (A)SYNC_THROUGH it is entered in the persist log in the same batch. StaleError when `container`
@@ -392,6 +396,10 @@ class CommitContent(Change[Attr]):
     """The home worker could not begin (no room, gone) and nobody has written: when no other session
     has it open for writing, the content is `base_container` with its size again and home is 0. Sent
     with is_sealed False; size and mtime are ignored."""
+    is_unbegun: bool = False
+    """With is_sealed: the session never told the home, because it had nothing to write, so nothing is
+    sealed there on its account. Unless it surely was the only writer the file stays as it is, with its
+    home: then begin and end there."""
     request_id: Id = 0
 
 

@@ -112,6 +112,9 @@ class Layout(Message):
     is_joined: bool = False
     """In the answer to BeginWrite: another session had begun before, so this is its container, also
     when `truncate` was asked for: truncate it at the worker."""
+    is_shared: bool = False
+    """More than one session has written to `container`, so that none of them knows all of its bytes
+    by its own writes. In the answer to a BeginWrite that did not join: so it was with the base."""
 
 
 class Tier(Message):

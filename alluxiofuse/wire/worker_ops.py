@@ -175,6 +175,7 @@ class EndWrite(Request["WriteEnd"]):
 class WriteEnd(Message):
     size: Size
     mtime_ns: Ns
+    """As of ContainerStat."""
     is_sealed: bool
 
 
@@ -188,7 +189,18 @@ class StatContainer(Request["ContainerStat"]):
 class ContainerStat(Message):
     size: Size
     mtime_ns: Ns
+    """Of the last write, by this machine's clock; 0: none since writing began, or since ForgetMtime.
+    It is the mtime of the slab's file, which those who have its descriptor may ask themselves."""
     allocated_bytes: U63
+
+
+class ForgetMtime(Request[Ns]):
+    """utimens(2) of a file that is open for writing here: the container counts as not written until
+    the next write; answers the mtime so far. So the order of writes and explicit times is the order
+    in which they came here, whatever the clocks say. StaleError: not open for writing here."""
+
+    OP: ClassVar[str] = "worker.forget_mtime"
+    container: Id
 
 
 class SyncContainer(Request[bool]):

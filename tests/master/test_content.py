@@ -138,6 +138,8 @@ def test_a_commit_of_replaced_content_is_stale(tmp_path: Path) -> None:
         made = create(world, session, b"f", worker[0])
         ino = made.attr.ino
         seal(world, session, ino, made.layout.container)
+        second = world.content.begin_write(BeginWrite(session, ino, worker[0], True))
+        seal(world, session, ino, second.container)
         world.content.begin_write(BeginWrite(session, ino, worker[0], True))
         with pytest.raises(StaleError):
             seal(world, session, ino, made.layout.container)
@@ -145,6 +147,24 @@ def test_a_commit_of_replaced_content_is_stale(tmp_path: Path) -> None:
         attr = world.namespace.getattr(ino)
         seal(world, session, ino, attr.container)
         assert world.namespace.getattr(ino).nlink == 0
+
+    run(tmp_path, test)
+
+
+def test_a_repeated_commit_is_no_error_while_the_next_writing_goes_on(tmp_path: Path) -> None:
+    """Its first answer was lost with the connection, and another session began to write."""
+
+    async def test(world: World) -> None:
+        worker, one, two = world.worker(), world.session(), world.session()
+        made = create(world, one, b"f", worker[0])
+        ino = made.attr.ino
+        seal(world, one, ino, made.layout.container)
+        layout = world.content.begin_write(BeginWrite(two, ino, worker[0], False))
+        before = world.namespace.getattr(ino)
+        seal(world, one, ino, made.layout.container, 77)
+        assert world.namespace.getattr(ino) == before
+        seal(world, two, ino, layout.container, 5)
+        assert world.namespace.getattr(ino).size == 5
 
     run(tmp_path, test)
 
@@ -176,13 +196,29 @@ def test_times_set_while_writing_are_kept(tmp_path: Path) -> None:
         worker, session = world.worker(), world.session()
         made = create(world, session, b"f", worker[0])
         ino, container = made.attr.ino, made.layout.container
-        world.changes.setattr(SetAttr(KERNEL, session, ino, mtime_ns=12345))
-        seal(world, session, ino, container, 3, mtime_ns=world.clock.now_ns() - 10**9)
-        assert world.namespace.getattr(ino).mtime_ns == 12345
+        wrong_clock = 10**6  # of the home: what counts is the order of its own numbers
+        world.changes.setattr(SetAttr(KERNEL, session, ino, mtime_ns=12345, written_ns=wrong_clock))
+        before = world.namespace.getattr(ino).ctime_ns
+        seal(world, session, ino, container, 3, mtime_ns=wrong_clock)
+        attr = world.namespace.getattr(ino)
+        assert (attr.mtime_ns, attr.ctime_ns) == (12345, before)
         layout = world.content.begin_write(BeginWrite(session, ino, worker[0], False))
-        later = world.clock.now_ns()
-        seal(world, session, ino, layout.container, 3, mtime_ns=later)
-        assert world.namespace.getattr(ino).mtime_ns == later
+        world.changes.setattr(SetAttr(KERNEL, session, ino, mtime_ns=54321, written_ns=wrong_clock))
+        seal(world, session, ino, layout.container, 3, mtime_ns=wrong_clock + 1)
+        assert world.namespace.getattr(ino).mtime_ns == wrong_clock + 1
+
+    run(tmp_path, test)
+
+
+def test_an_older_write_that_is_committed_later_does_not_turn_the_time_back(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, one, two = world.worker(), world.session(), world.session()
+        made = create(world, one, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        world.content.begin_write(BeginWrite(two, ino, worker[0], False))
+        world.content.commit_content(CommitContent(two, ino, container, 3, 2000, False))
+        seal(world, one, ino, container, 3, mtime_ns=1000)
+        assert world.namespace.getattr(ino).mtime_ns == 2000
 
     run(tmp_path, test)
 
@@ -226,11 +262,44 @@ def test_who_wrote_nothing_does_not_seal_under_another_writer(tmp_path: Path) ->
         made = create(world, a, b"f", worker[0])
         ino, container = made.attr.ino, made.layout.container
         assert world.content.begin_write(BeginWrite(b, ino, worker[0], True)).is_joined
-        seal(world, a, ino, container, 0)
-        assert world.namespace.getattr(ino).home == worker[0]
+        unbegun = CommitContent(a, ino, container, 0, 0, True, is_unbegun=True)
+        assert world.content.commit_content(unbegun).home == worker[0]
         seal(world, b, ino, container, 9)
         attr = world.namespace.getattr(ino)
         assert (attr.home, attr.size) == (0, 9)
+
+    run(tmp_path, test)
+
+
+def test_the_seal_of_an_emptied_file_counts_also_when_another_session_writes(tmp_path: Path) -> None:
+    """It joined, truncated, and was the last at the home: who created it has not begun there."""
+
+    async def test(world: World) -> None:
+        worker, a, b = world.worker(), world.session(), world.session()
+        made = create(world, a, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        world.content.begin_write(BeginWrite(b, ino, worker[0], True))
+        seal(world, b, ino, container, 0)
+        assert world.namespace.getattr(ino).home == 0
+        assert world.content.begin_write(BeginWrite(a, ino, worker[0], True)).container != container
+
+    run(tmp_path, test)
+
+
+def test_content_that_two_sessions_wrote_is_marked(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, a, b = world.worker(), world.session(), world.session()
+        made = create(world, a, b"f", worker[0])
+        ino, container = made.attr.ino, made.layout.container
+        again = world.content.begin_write(BeginWrite(a, ino, worker[0], False))
+        assert (again.is_joined, again.is_shared) == (True, False)
+        assert world.content.begin_write(BeginWrite(b, ino, worker[0], False)).is_shared
+        answer = await world.events.watch(a, 0, 0)
+        assert answer.is_reset or any(event.ino == ino for event in answer.events)
+        seal(world, b, ino, container)
+        assert world.content.open(Open(KERNEL, a, ino, False)).layout.is_shared
+        assert world.content.begin_write(BeginWrite(b, ino, worker[0], False)).is_shared, "its base"
+        assert not world.content.open(Open(KERNEL, a, ino, False)).layout.is_shared
 
     run(tmp_path, test)
 
