@@ -225,15 +225,21 @@ class Management:
             parts.persister.failing(),
             parts.workers.infos(),
             [parts.mounts.info(mount_id, False) for mount_id in parts.mounts.ids()],
-            {
-                "refresh_failed": parts.loader.failed_count,
-                "commits": self._store.commit_count,
-                "sessions_resumed": parts.sessions.resumed_count,
-                "sessions_expired": parts.sessions.expired_count,
-                "requests_answered_again": parts.replies.repeated_count,
-                "requests_refused": parts.sessions.refused_count,
-            },
+            self._counters(),
         )
+
+    def _counters(self) -> dict[str, int]:
+        parts = self._parts
+        return {
+            "refresh_failed": parts.loader.failed_count,
+            "commits": self._store.commit_count,
+            "sessions_resumed": parts.sessions.resumed_count,
+            "sessions_expired": parts.sessions.expired_count,
+            "requests_answered_again": parts.replies.repeated_count,
+            "requests_refused": parts.sessions.refused_count,
+            **parts.persister.counts(),
+            **parts.mounts.counts(),
+        }
 
     # --- within -----------------------------------------------------------------------------------
 

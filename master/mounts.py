@@ -7,6 +7,7 @@ first use and closed at shutdown. Owned by the master's one thread.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable
 
 import trio
@@ -64,6 +65,13 @@ class MountTable:
     def open(self, uri: str, options: dict[str, str]) -> UnderStorage:
         """A connector that is not in the table (to probe it). Thread-safe; the caller closes it."""
         return self._open_ufs(uri, options)
+
+    def counts(self) -> dict[str, int]:
+        """What went wrong with the master's connectors together (`UnderStorage.counts`)."""
+        found: Counter[str] = Counter()
+        for storage in self._storages.values():
+            found.update(storage.counts())
+        return dict(found)
 
     def limiter(self, mount_id: int) -> trio.CapacityLimiter:
         """For trio.to_thread.run_sync of this mount's calls."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,6 +11,8 @@ from alluxiofuse.master.persist_log import Key
 
 MAX_FAILURES = 100_000
 MAX_RETRY_S = 60.0
+MAX_UNAVAILABLE_RETRY_S = 5.0
+"""Of what failed because the store did not answer: then the whole mount rests (`persist_lanes`)."""
 
 
 @dataclass(slots=True)
@@ -50,7 +53,9 @@ class Failures:
         """How long to wait before the next attempt."""
         failure = self._known.get(key)
         count = 1 if failure is None else min(failure.count, 20)
-        return float(min(MAX_RETRY_S, self.first_retry_s * 2 ** (count - 1)))
+        most_s = MAX_RETRY_S if failure is None or failure.is_permanent else MAX_UNAVAILABLE_RETRY_S
+        backoff_s: float = min(most_s, self.first_retry_s * 2.0 ** (count - 1))
+        return backoff_s * random.uniform(0.5, 1.5)  # noqa: S311
 
     def items(self) -> Iterator[tuple[Key, Failure]]:
         yield from list(self._known.items())

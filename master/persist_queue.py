@@ -27,13 +27,37 @@ class ReadyQueue:
         self._order = itertools.count()
         self._blocked: dict[Key, dict[Key, None]] = {}
         """Blocker -> those that wait for it (which are in `_due` too, as a second chance)."""
+        self._parked: dict[int, dict[Key, None]] = {}
+        """Mount -> those that were due when nothing more could be started there; oldest first."""
+        self._parked_count = 0
 
     def __len__(self) -> int:
-        return len(self._due)
+        return len(self._due) + self._parked_count
+
+    def park(self, mount_id: int, key: Key) -> None:
+        """It was popped, but its mount takes no more now."""
+        parked = self._parked.setdefault(mount_id, {})
+        self._parked_count += key not in parked
+        parked[key] = None
+
+    def parked(self) -> list[int]:
+        """Mounts that have parked keys."""
+        return list(self._parked)
+
+    def unpark(self, mount_id: int, count: int, now_s: float) -> None:
+        """The `count` oldest are due again."""
+        parked = self._parked.get(mount_id, {})
+        for key in list(itertools.islice(parked, count)):
+            del parked[key]
+            self._parked_count -= 1
+            self._due.pop(key, None)  # an instant of its own, later than this
+            self.put(key, now_s)
+        if not parked:
+            self._parked.pop(mount_id, None)
 
     def put(self, key: Key, due_s: float) -> bool:
         """Enter, or change the instant. False: full."""
-        if key not in self._due and len(self._due) >= MAX_KEYS:
+        if key not in self._due and len(self) >= MAX_KEYS:
             return False
         self._due[key] = due_s
         heapq.heappush(self._heap, (due_s, next(self._order), key))

@@ -10,18 +10,18 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections import deque
 from collections.abc import Callable
 
 import trio
 
 from alluxiofuse.config import MasterConfig
-from alluxiofuse.errors import AlluxioFuseError, StateError, UfsError, from_wire
+from alluxiofuse.errors import AlluxioFuseError, StateError, UfsError, UfsUnavailableError, from_wire
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_failures import MAX_RETRY_S, Failure, Failures
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
+from alluxiofuse.master.persist_lanes import Lanes
 from alluxiofuse.master.persist_log import Key, PersistLog
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
@@ -39,7 +39,11 @@ from alluxiofuse.wire.types import CancelPersistCommand
 log = logging.getLogger(__name__)
 
 UPLOADS_PER_PARALLEL = 4
-"""Uploads handed to workers at once, for each of `persist_parallel`: they queue there."""
+"""Uploads of a mount handed to workers at once, for each of `persist_parallel`: they queue there."""
+KEYS_PER_ROUND = 1000
+"""Entries looked at without a pause."""
+_NO_STORE_KINDS = {Kind.SETTLE, Kind.RESOLVE_PUT}
+"""Jobs that do not ask the under storage."""
 REMOVALS_PER_JOB = 500
 ROUND_S = 0.01
 """Least time between two looks at what is due."""
@@ -76,7 +80,8 @@ class Persister:
         self._queue = ReadyQueue()
         self._planner = Planner(store, mounts, persist_log, self._locks)
         self._jobs = JobRunner(store, mounts, persist_log, loader, clock.now_ns, at)
-        self._running = 0
+        self._lanes = Lanes(config.persist_parallel, config.persist_parallel * UPLOADS_PER_PARALLEL)
+        self._failed_count = 0
         self._uploads: dict[int, Upload] = {}
         self._upload_of: dict[int, int] = {}
         """Inode -> task id."""
@@ -84,8 +89,6 @@ class Persister:
         """Tasks that surely write no more, though it is not known what they wrote; newest last."""
         self._cancel_until_s: dict[int, float] = {}
         """Tasks of an earlier life that were told to stop."""
-        self._no_slot: deque[int] = deque()
-        """Inodes that wait for one of the uploads to end."""
         self._no_worker: dict[int, None] = {}
         """Inodes whose bytes are at no worker that is alive."""
         self._failures = Failures(first_retry_s)
@@ -113,12 +116,13 @@ class Persister:
             )
             self._workers.mark_clean(upload.container, request.worker_id)
             self._failures.forget(upload.ino)
+            self._lanes.answered(upload.mount_id)
             self._end_upload(upload, None)
         elif request.error_code in ("stale", "cancelled"):
             self._jobs.abandon(upload.ino, upload.mount_id, upload.path)
             self._end_upload(upload, None if upload.is_cancelled else BLOCKED_RETRY_S)
         else:
-            self._failed(upload.ino, from_wire(request.error_code, 5, request.error_message))
+            self._failed(upload.ino, upload.mount_id, from_wire(request.error_code, 5, request.error_message))
             self._end_upload(upload, self._failures.backoff_s(upload.ino))
         return NOTHING
 
@@ -171,11 +175,15 @@ class Persister:
         return count
 
     def failing(self, limit: int = 100) -> list[str]:
-        """One line per entry that keeps failing."""
-        lines = []
-        for key, failure in itertools.islice(self._failures.items(), limit):
+        """One line per mount whose under storage does not answer, and per entry that keeps failing."""
+        lines = [f"mount {number} rests: {why}" for number, why in self._lanes.resting()]
+        for key, failure in itertools.islice(self._failures.items(), limit - len(lines)):
             lines.append(f"{self._name(key)}: {failure.message} ({failure.count} times)")
         return lines
+
+    def counts(self) -> dict[str, int]:
+        """For `admin report`."""
+        return {"persist_attempts_failed": self._failed_count, "persist_rests": self._lanes.rest_count}
 
     def explain(self, key: Key) -> str:
         """What would be done about an entry now, for people."""
@@ -184,7 +192,7 @@ class Persister:
 
     def is_idle(self) -> bool:
         """Nothing is left to do: the log is empty. (Reads the store: for tests and shutdown.)"""
-        if self._running or self._uploads:
+        if self._lanes.is_busy():
             return False
         return not any(True for p in (b"s", b"r", b"i") for _ in self._store.scan("persist", p))
 
@@ -218,10 +226,10 @@ class Persister:
     def _pause_s(self) -> float:
         if self._store.is_failed:
             return 1.0
-        due = self._queue.next_due_s
-        if due is None or self._running >= self._config.persist_parallel:
-            return 1.0 if self._uploads else 60.0
-        return min(max(0.001, due - self._clock.monotonic()), 1.0 if self._uploads else 60.0)
+        now = self._clock.monotonic()
+        most_s = 1.0 if self._uploads else 60.0
+        dues = (self._queue.next_due_s, self._lanes.next_due_s(now))
+        return min([most_s, *(max(0.001, due - now) for due in dues if due is not None)])
 
     def _resolve_renames_first(self) -> None:
         """Renames that a kill interrupted: first of all, so that locations can be relied on."""
@@ -257,8 +265,12 @@ class Persister:
 
     def _start_due(self, nursery: trio.Nursery) -> None:
         now = self._clock.monotonic()
+        for mount_id in self._queue.parked():
+            room = self._lanes.room(mount_id, now)
+            if room:  # more than fit: not all of them turn out to be jobs
+                self._queue.unpark(mount_id, 4 * room, now)
         looked: set[Key] = set()
-        while self._running < self._config.persist_parallel:
+        for _ in range(KEYS_PER_ROUND):
             key = self._queue.pop(now)
             if key is None:
                 return
@@ -266,6 +278,10 @@ class Persister:
                 self._queue.put(key, now + ORPHAN_RETRY_S)
                 continue
             looked.add(key)
+            mount_id = self._mount_of(key)
+            if mount_id and not self._lanes.is_open(mount_id, now):
+                self._queue.park(mount_id, key)
+                continue
             plan = self._planner.plan(key)
             if isinstance(plan, Blocked):
                 plan = self._wait_for(key, plan, now)
@@ -275,6 +291,13 @@ class Persister:
                 self._queue.finished(key, now)
             elif isinstance(plan, Job):
                 self._start(nursery, plan, now)
+
+    def _mount_of(self, key: Key) -> int:
+        """0: of none (any more)."""
+        if not isinstance(key, int):
+            return key[0]
+        record = self._store.inode(key)
+        return 0 if record is None else record.mount_id
 
     def _wait_for(self, key: Key, blocked: Blocked, now: float) -> Plan:
         if blocked.by is None:
@@ -290,6 +313,9 @@ class Persister:
         return blocked
 
     def _start(self, nursery: trio.Nursery, job: Job, now: float) -> None:
+        if job.mount_id and not self._lanes.is_open(job.mount_id, now):  # breaks a circle
+            self._queue.park(job.mount_id, job.key)
+            return
         if job.kind is Kind.UPLOAD:
             self._start_upload(job, now)
             return
@@ -301,7 +327,7 @@ class Persister:
         for one in jobs:
             self._queue.discard(one.key)
             self._locks.hold(one.key, one.locks)
-        self._running += 1
+        self._lanes.started(job.mount_id, is_upload=False)
         nursery.start_soon(self._run_jobs, jobs)
 
     async def _run_jobs(self, jobs: list[Job]) -> None:
@@ -311,14 +337,16 @@ class Persister:
                 await self._jobs.remove(jobs[0].mount_id, jobs)
             else:
                 await self._jobs.run(jobs[0])
+            if jobs[0].kind not in _NO_STORE_KINDS:
+                self._lanes.answered(jobs[0].mount_id)
             for job in jobs:
                 self._failures.forget(job.key)
         except AlluxioFuseError as exc:
             for job in jobs:
-                self._failed(job.key, exc)
+                self._failed(job.key, job.mount_id if job is jobs[0] else 0, exc)
                 retry_s = self._failures.backoff_s(job.key)
         finally:
-            self._running -= 1
+            self._lanes.ended(jobs[0].mount_id, is_upload=False)
             for job in jobs:
                 self._finished(job.key, retry_s)
 
@@ -358,8 +386,8 @@ class Persister:
     # --- uploads ----------------------------------------------------------------------------------
 
     def _start_upload(self, job: Job, now: float) -> None:
-        if len(self._uploads) >= self._config.persist_parallel * UPLOADS_PER_PARALLEL:
-            self._no_slot.append(job.ino)
+        if not self._lanes.takes_upload(job.mount_id):
+            self._queue.park(job.mount_id, job.key)
             return
         record = self._store.inode(job.ino)
         if record is None:
@@ -391,6 +419,7 @@ class Persister:
             now,
         )
         self._locks.hold(job.key, job.locks)
+        self._lanes.started(job.mount_id, is_upload=True)
         self._uploads[task_id] = upload
         self._upload_of[job.ino] = task_id
         self._workers.send(worker_id, command_of(upload, record))
@@ -410,11 +439,10 @@ class Persister:
             self._wake.set()
             return
         self._upload_of.pop(upload.ino, None)
+        self._lanes.ended(upload.mount_id, is_upload=True)
         if retry_s is None:
             self._failures.forget(upload.ino)
         self._finished(upload.ino, retry_s)
-        if self._no_slot:
-            self._queue.put(self._no_slot.popleft(), self._clock.monotonic())
 
     def _ended(self, task_id: int) -> None:
         self._ended_tasks[task_id] = None
@@ -474,7 +502,13 @@ class Persister:
             return True
         return is_clean(record)
 
-    def _failed(self, key: Key, exc: AlluxioFuseError) -> None:
+    def _failed(self, key: Key, mount_id: int, exc: AlluxioFuseError) -> None:
+        """`mount_id`: the one whose store has failed or refused; 0: that is counted already."""
+        self._failed_count += 1
+        if mount_id and isinstance(exc, UfsUnavailableError):
+            self._lanes.failed(mount_id, exc.message, self._clock.monotonic())
+        elif mount_id and isinstance(exc, UfsError):
+            self._lanes.answered(mount_id)
         self._warn(key, self._failures.failed(key, exc))
 
     def _warn(self, key: Key, failure: Failure) -> None:

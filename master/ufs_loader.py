@@ -7,7 +7,6 @@ time for each directory or name. Owned by the master's thread; nothing durable i
 from __future__ import annotations
 
 import logging
-import math
 import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -44,6 +43,8 @@ UNREACHABLE_S = 2.0
 """After a failed comparison what is known is served without asking, for this long."""
 KNOWN_PATIENCE_S = 5.0
 """How long a comparison may take before what is known is served."""
+FIRST_PATIENCE_S = 60.0
+"""The same where nothing is known yet."""
 SILENT_S = 30.0
 """As `UNREACHABLE_S`, after one that was given up: the next one is likely to take as long."""
 COMPARE_SHARE = 10
@@ -458,9 +459,10 @@ class UfsLoader:
         """`is_known`: something can be answered without it, so a silent store is waited for as long as a
         program can bear, not until the connector gives up. Reads only: its thread is left to itself."""
         storage, limiter = self._mounts.storage(mount_id), self._mounts.limiter(mount_id)
-        with trio.move_on_after(KNOWN_PATIENCE_S if is_known else math.inf):
-            return await trio.to_thread.run_sync(work, storage, limiter=limiter, abandon_on_cancel=is_known)
-        raise _SilentStore(f"{storage.uri} did not answer within {KNOWN_PATIENCE_S:g} s")
+        patience_s = KNOWN_PATIENCE_S if is_known else FIRST_PATIENCE_S
+        with trio.move_on_after(patience_s):
+            return await trio.to_thread.run_sync(work, storage, limiter=limiter, abandon_on_cancel=True)
+        raise _SilentStore(f"{storage.uri} did not answer within {patience_s:g} s")
 
     @asynccontextmanager
     async def _flight(self, ino: int, name: bytes | None) -> AsyncIterator[bool]:

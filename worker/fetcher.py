@@ -39,9 +39,12 @@ log = logging.getLogger(__name__)
 
 ATTEMPTS = 4
 BACKOFF_S = 0.1
+"""Before the second attempt; four times as long before each further one."""
 RETRY_WITHIN_S = 10.0
 """What took longer to fail is not tried again here: the connector has been patient already."""
-"""Before the second attempt; four times as long before each further one."""
+PATIENCE_S = 60.0
+"""A reader whose pages do not come gives up after this long, unless the store has answered others
+meanwhile: then it only waits its turn."""
 INLINE_VERIFY_BYTES = 256 << 10
 _VERIFY_PAGES = 64
 """Most pages verified by one job."""
@@ -77,6 +80,10 @@ def read_exactly(storage: UnderStorage, source: UfsSource, offset: int, length: 
     return data
 
 
+def _silent() -> UfsUnavailableError:
+    return UfsUnavailableError(f"the under storage did not answer within {PATIENCE_S:g} s")
+
+
 def _fetch(storage: UnderStorage, source: UfsSource, fd: int, first: int, length: int) -> list[int]:
     """Blocking: one range into the slab; the checksums of its pages."""
     return checksums.store_pages(fd, first, read_exactly(storage, source, first * PAGE_BYTES, length))
@@ -93,8 +100,12 @@ class Fetcher:
         self._mounts = mounts
         self._ahead_pages = read_ahead_bytes // PAGE_BYTES
         self._parallel = parallel
-        self._threads = trio.CapacityLimiter(parallel)
-        self._direct = trio.CapacityLimiter(parallel)
+        self._threads: dict[int, trio.CapacityLimiter] = {}
+        """By mount id, so that a store that hangs holds up nobody else's reads."""
+        self._direct: dict[int, trio.CapacityLimiter] = {}
+        """The same, for reads that are not cached."""
+        self._answered_at_s: dict[int, float] = {}
+        """By mount id: when a range last came."""
         self._verifiers = trio.CapacityLimiter(2)
         self._demand: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
@@ -186,17 +197,19 @@ class Fetcher:
         """Bytes straight from the under storage, not cached."""
         storage = await self._mounts.storage(source.mount_id)
         self._slabs.counters["uncached_reads"] += 1
+        limiter = self._limiter(self._direct, source.mount_id)
         began = trio.current_time()
-        for attempt in range(ATTEMPTS):
-            try:
-                return await trio.to_thread.run_sync(
-                    read_exactly, storage, source, offset, length, limiter=self._direct
-                )
-            except UfsUnavailableError:
-                if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
-                    raise
-            await trio.sleep(BACKOFF_S * 4**attempt)
-        raise AssertionError("unreachable")
+        with trio.move_on_after(PATIENCE_S):
+            for attempt in range(ATTEMPTS):
+                try:
+                    return await trio.to_thread.run_sync(
+                        read_exactly, storage, source, offset, length, limiter=limiter, abandon_on_cancel=True
+                    )
+                except UfsUnavailableError as exc:
+                    if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
+                        raise self._given_up(exc) from None
+                await trio.sleep(BACKOFF_S * 4**attempt)
+        raise self._given_up(_silent())
 
     async def verify(self, slab: Slab) -> None:
         """Every present page that was not verified yet. ChecksumError for dirty content. The caller
@@ -230,9 +243,32 @@ class Fetcher:
                 job.is_demand = True
                 self._demand.append(job)
                 self._pump()
-            await job.done.wait()
+            await self._end_of(job)
             if job.error is not None:
                 raise job.error
+
+    async def _end_of(self, job: Job) -> None:
+        """Until it is done; UfsUnavailableError when its store has been silent for too long."""
+        since_s = trio.current_time()
+        while not job.done.is_set():
+            with trio.move_on_at(since_s + PATIENCE_S):
+                await job.done.wait()
+                return
+            mount_id = 0 if job.source is None else job.source.mount_id
+            answered_at_s = self._answered_at_s.get(mount_id, 0.0)
+            if mount_id and answered_at_s <= since_s:
+                raise self._given_up(_silent())
+            since_s = max(answered_at_s, trio.current_time() - PATIENCE_S + 1.0)
+
+    def _given_up(self, exc: UfsUnavailableError) -> UfsUnavailableError:
+        """A program is told EIO."""
+        self._slabs.counters["reads_given_up"] += 1
+        return exc
+
+    def _limiter(self, limiters: dict[int, trio.CapacityLimiter], mount_id: int) -> trio.CapacityLimiter:
+        if mount_id not in limiters:
+            limiters[mount_id] = trio.CapacityLimiter(self._parallel)
+        return limiters[mount_id]
 
     @staticmethod
     def _source(slab: Slab, source: UfsSource | None) -> UfsSource:
@@ -288,7 +324,7 @@ class Fetcher:
 
     def _pump(self) -> None:
         """Start what may run now."""
-        while self._nursery is not None and sum(self._running.values()) < self._parallel:
+        while self._nursery is not None:
             job = self._next(self._demand) or self._next(self._ahead)
             if job is None or job.source is None:
                 return
@@ -298,12 +334,15 @@ class Fetcher:
             self._nursery.start_soon(self._run, job, job.source)
 
     def _next(self, queue: deque[Job]) -> Job | None:
-        """The first job that waits and whose connector takes one more range."""
+        """The first job that waits, whose mount has a thread free and whose connector takes one more
+        range of the file."""
         for job in list(queue):
             if job.is_started:
                 queue.remove(job)
                 continue
             assert job.source is not None
+            if self._running.get(job.source.mount_id, 0) >= self._parallel:
+                continue
             storage = self._mounts.known(job.source.mount_id)
             if storage is None or self._reading(job.slab) < max(1, storage.capabilities.max_parallel_reads):
                 queue.remove(job)
@@ -336,19 +375,21 @@ class Fetcher:
         storage = await self._mounts.storage(source.mount_id)
         end = min((job.first + job.count) * PAGE_BYTES, job.slab.size)
         length = end - job.first * PAGE_BYTES
+        limiter = self._limiter(self._threads, source.mount_id)
         began = trio.current_time()
         for attempt in range(ATTEMPTS):
             fd = os.dup(self._slabs.fds.for_writing(job.slab))
             try:
                 sums = await trio.to_thread.run_sync(
-                    _fetch, storage, source, fd, job.first, length, limiter=self._threads
+                    _fetch, storage, source, fd, job.first, length, limiter=limiter
                 )
+                self._answered_at_s[source.mount_id] = trio.current_time()
                 self._slabs.counters["ufs_read_bytes"] += length
                 return sums
             except UfsUnavailableError as exc:
                 self._slabs.counters["fetch_retries"] += 1
                 if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
-                    raise exc from None
+                    raise self._given_up(exc) from None
             finally:
                 os.close(fd)
             await trio.sleep(BACKOFF_S * 4**attempt)

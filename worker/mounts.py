@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 
 import trio
@@ -56,6 +57,13 @@ class Mounts:
                 found = await trio.to_thread.run_sync(self._open_ufs, info.uri, dict(info.options))
                 self._storages[mount_id] = found
             return found
+
+    def counts(self) -> Counter[str]:
+        """What went wrong with all of them together (`UnderStorage.counts`)."""
+        found: Counter[str] = Counter()
+        for storage in self._storages.values():
+            found.update(storage.counts())
+        return found
 
     def close(self) -> None:
         """Idempotent. No fetch or upload may be running."""

@@ -71,6 +71,8 @@ class Reporter:
         self._registered = trio.Event()
         """Set while registered; replaced when the registration ends."""
         self._persisting = trio.CapacityLimiter(MAX_PERSIST_TASKS)
+        self._was_registered = False
+        """Ever, in this life."""
         self._nursery: trio.Nursery | None = None
 
     async def wait_registered(self) -> None:
@@ -86,6 +88,9 @@ class Reporter:
                 try:
                     await self._register()
                     backoff_s = MIN_BACKOFF_S
+                    if not self._was_registered:
+                        self._was_registered = True
+                        nursery.start_soon(self._uploads.resume)
                     self._registered.set()
                     await self._converse()
                 except SessionExpiredError:
@@ -155,7 +160,7 @@ class Reporter:
                     [slabs.report(container) for container in taken],
                     seals,
                     max(0, slabs.dirty_bytes),
-                    dict(slabs.counters),
+                    {**slabs.counters, **self._uploads.ufs_counts()},
                 )
             )
             is_heard = True

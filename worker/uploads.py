@@ -56,7 +56,7 @@ class Upload:
 
 
 class Uploads:
-    """At most `parallel` run at once; the rest wait, some of them in the process."""
+    """At most `parallel` of a mount run at once; the rest wait, some of them in the process."""
 
     def __init__(
         self,
@@ -71,8 +71,26 @@ class Uploads:
         self._fetcher = fetcher
         self._mounts = mounts
         self._process = process
-        self._limiter = trio.CapacityLimiter(parallel * (1 if process is None else QUEUED_PER_THREAD))
+        self._at_once = parallel * (1 if process is None else QUEUED_PER_THREAD)
+        self._limiters: dict[int, trio.CapacityLimiter] = {}
+        """By mount id, so that a store that hangs holds up nobody else's uploads."""
         self._tasks: dict[int, Upload] = {}
+
+    def ufs_counts(self) -> dict[str, int]:
+        """What this worker's connectors counted, those of the upload process too."""
+        found = self._mounts.counts()
+        if self._process is not None:
+            found.update(self._process.counts())
+        return dict(found)
+
+    async def resume(self) -> None:
+        """Have what an earlier life left half done in under storages undone, in the background."""
+        for mount_id in [] if self._process is None else self._process.left_over():
+            try:
+                assert self._process is not None
+                await self._process.resume(await self._mounts.info(mount_id))
+            except AlluxioFuseError as exc:
+                log.warning("what was left half done in mount %d stays: %s", mount_id, exc.message)
 
     def cancel(self, task_id: int) -> None:
         upload = self._tasks.get(task_id)
@@ -144,10 +162,11 @@ class Uploads:
         """The new fingerprint. PutCancelled also when it was cancelled while it waited for its turn."""
         command = upload.command
         attrs = UfsAttrs(command.mode, command.uid, command.gid, command.mtime_ns)
+        limiter = self._limiters.setdefault(command.mount_id, trio.CapacityLimiter(self._at_once))
         if self._process is None:
             storage = await self._mounts.storage(command.mount_id)
-            return await trio.to_thread.run_sync(_put, storage, fd, upload, attrs, limiter=self._limiter)
-        async with self._limiter:
+            return await trio.to_thread.run_sync(_put, storage, fd, upload, attrs, limiter=limiter)
+        async with limiter:
             if upload.is_cancelled:
                 raise PutCancelled
             return await self._process.put(

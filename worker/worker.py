@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from pathlib import Path
 
 import trio
 
@@ -89,7 +90,7 @@ class Worker:
         identity = Identity(opened.index.worker_uuid, self._address)
         # A connector that a test or a program hands in lives in this process only.
         is_apart = config.upload_process and self._open_ufs is registry.open_ufs
-        process = UploadProcess(config.persist_parallel) if is_apart else None
+        process = UploadProcess(config.persist_parallel, _notes_dir(config)) if is_apart else None
         uploads = Uploads(slabs, fetcher, mounts, parallel=config.persist_parallel, process=process)
         reporter = Reporter(self._master, slabs, identity, uploads)
         async with trio.open_nursery() as nursery:
@@ -103,3 +104,10 @@ class Worker:
             task_status.started()
             await reporter.wait_registered()
             self._is_registered.set()
+
+
+def _notes_dir(config: WorkerConfig) -> Path:
+    """For `UploadProcess`."""
+    directory = Path(config.state_dir) / "uploads"
+    directory.mkdir(mode=0o700, exist_ok=True)
+    return directory

@@ -17,6 +17,8 @@ from alluxiofuse.wire.types import UfsSource
 log = logging.getLogger(__name__)
 
 MAX_PARALLEL_READS = 16
+"""Of one under storage."""
+PATIENCE_S = 60.0
 OpenUfs = Callable[[str, dict[str, str]], UnderStorage]
 
 
@@ -35,7 +37,8 @@ class DirectReader:
         self._open_ufs = open_ufs
         self._storages: dict[int, UnderStorage] = {}
         self._opening = trio.Lock()
-        self._limiter = trio.CapacityLimiter(MAX_PARALLEL_READS)
+        self._limiters: dict[int, trio.CapacityLimiter] = {}
+        """By mount id, so that a store that hangs holds up nobody else's reads."""
 
     async def read(self, source: UfsSource, offset: int, length: int) -> Buffer:
         """Bytes of that version of the object; short only at its end. UfsErrors (UfsChangedError:
@@ -44,9 +47,22 @@ class DirectReader:
         if length <= 0:
             return b""
         storage = self._storages.get(source.mount_id) or await self._open(source.mount_id)
-        data = await trio.to_thread.run_sync(
-            storage.read, source.path, offset, length, source.fingerprint, limiter=self._limiter
-        )
+        limiter = self._limiters.get(source.mount_id)
+        if limiter is None:
+            limiter = self._limiters[source.mount_id] = trio.CapacityLimiter(MAX_PARALLEL_READS)
+        data: Buffer | None = None
+        with trio.move_on_after(PATIENCE_S):
+            data = await trio.to_thread.run_sync(
+                storage.read,
+                source.path,
+                offset,
+                length,
+                source.fingerprint,
+                limiter=limiter,
+                abandon_on_cancel=True,
+            )
+        if data is None:
+            raise UfsUnavailableError(f"the under storage did not answer within {PATIENCE_S:g} s")
         if len(data) != length:
             raise UfsUnavailableError(f"the under storage gave {len(data)} of {length} bytes")
         return data

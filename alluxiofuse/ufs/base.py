@@ -17,6 +17,7 @@ import stat
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 Buffer = bytes | bytearray | memoryview
 
@@ -103,6 +104,22 @@ class UnderStorage(ABC):
     def check(self) -> None:
         """Probe: reachable, credentials good, the place exists (is created, for a directory whose
         parent exists, or a prefix of an existing bucket). UfsError with a sentence a person can act on."""
+
+    def counts(self) -> dict[str, int]:
+        """What went wrong since it was opened: name (`ufs_...`, docs/ufs.md) -> how often. Cheap."""
+        return {}
+
+    def resume(self, notes: Path) -> None:
+        """Undo what an earlier process left half done in the store, as far as it noted that in the
+        file `notes` (which nobody else uses meanwhile), and note there from now on what a crash of
+        this one would leave. Nothing for a store whose `put` replaces or hides such leftovers itself.
+        UfsUnavailableError: it could not be undone now; it will be tried with later puts."""
+        return
+
+    def tidy(self, path: bytes) -> None:
+        """Remove what an interrupted `put` of exactly this path may have left. Nothing else is using
+        the path. Not for a store where `resume` does it."""
+        return
 
     @abstractmethod
     def stat(self, path: bytes) -> UfsEntry:

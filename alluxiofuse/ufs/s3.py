@@ -20,9 +20,11 @@ import re
 import stat as stat_bits
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
-from alluxiofuse.errors import UfsChangedError, UfsError, UfsNotFoundError, UfsUnavailableError
+from alluxiofuse.errors import UfsChangedError, UfsError, UfsNotFoundError
 from alluxiofuse.ufs.base import (
     Buffer,
     Capabilities,
@@ -33,9 +35,10 @@ from alluxiofuse.ufs.base import (
     UnderStorage,
 )
 from alluxiofuse.ufs.paths import check_new_path, check_path, show
-from alluxiofuse.ufs.s3_client import S3Client, calls, error_code, translate
+from alluxiofuse.ufs.s3_client import S3Client, error_code, translate
 from alluxiofuse.ufs.s3_data import S3Reader, Unclear
 from alluxiofuse.ufs.s3_options import ListToken, S3Options, key_of, path_of, still_open
+from alluxiofuse.ufs.s3_pace import NoAnswer
 from alluxiofuse.ufs.s3_upload import S3Uploader
 
 _DELETE_BATCH = 1000
@@ -73,12 +76,22 @@ class S3UnderStorage(UnderStorage):
         self.hidden_count = 0
 
     def check(self) -> None:
-        with calls(self._options, "list"):
-            self._api.list_objects_v2(Bucket=self._options.bucket, Prefix=self._options.prefix, MaxKeys=1)
+        self._list("list", Prefix=self._options.prefix, MaxKeys=1)
 
     def close(self) -> None:
         self._uploader.close()
         self._client.close()
+
+    def counts(self) -> dict[str, int]:
+        found = self._client.pace.counts()
+        if self.hidden_count:
+            found["ufs_hidden_names"] = self.hidden_count
+        return found
+
+    def resume(self, notes: Path) -> None:
+        with suppress(OSError):
+            self._uploader.unfinished.keep_in(notes)
+        self._uploader.undo()
 
     def stat(self, path: bytes) -> UfsEntry:
         check_path(path)
@@ -97,11 +110,10 @@ class S3UnderStorage(UnderStorage):
         check_path(path)
         above = self._key(path) + "/" if path else self._options.prefix
         at = ListToken.unpack(token) if token is not None else None
-        wanted: dict[str, Any] = {"Bucket": self._options.bucket, "Prefix": above, "Delimiter": "/"}
+        wanted: dict[str, Any] = {"Prefix": above, "Delimiter": "/"}
         if at is not None:
             wanted["ContinuationToken"] = at.store_token
-        with calls(self._options, self._what(path)):
-            page = self._api.list_objects_v2(**wanted, MaxKeys=max(1, min(limit, _MAX_LIST)))
+        page = self._list(self._what(path), **wanted, MaxKeys=max(1, min(limit, _MAX_LIST)))
         entries: dict[bytes, UfsEntry] = {}
         names = {*at.open_names} if at is not None else set()
         last = b""
@@ -231,14 +243,15 @@ class S3UnderStorage(UnderStorage):
         return found
 
     def _head(self, key: str, path: bytes) -> Any:
-        with calls(self._options, self._what(path)):
-            return self._api.head_object(Bucket=self._options.bucket, Key=key)
+        return self._client.call(
+            self._what(path), self._api.head_object, Bucket=self._options.bucket, Key=key
+        )
+
+    def _list(self, what: str, **wanted: Any) -> Any:
+        return self._client.call(what, self._api.list_objects_v2, Bucket=self._options.bucket, **wanted)
 
     def _has_below(self, path: bytes) -> bool:
-        with calls(self._options, self._what(path)):
-            page = self._api.list_objects_v2(
-                Bucket=self._options.bucket, Prefix=self._key(path) + "/", MaxKeys=1
-            )
+        page = self._list(self._what(path), Prefix=self._key(path) + "/", MaxKeys=1)
         return bool(page.get("Contents"))
 
     def _read_slowly(
@@ -246,26 +259,26 @@ class S3UnderStorage(UnderStorage):
     ) -> tuple[bytes, int, str]:
         """By boto3: as `S3Reader.read`, any key, and with exact errors."""
         wanted = {"IfMatch": etag} if etag is not None else {}
+        what = self._what(path)
         try:
-            with calls(self._options, self._what(path)):
-                answer = self._range(key, offset, length, wanted)
-                if answer is None:
-                    seen = self._head(key, path)
-                    return b"", seen["ContentLength"], seen["ETag"]
-                body = answer["Body"].read()
+            found: tuple[bytes, int, str] | None = self._client.call(
+                what, self._range, key=key, offset=offset, length=length, wanted=wanted
+            )
         except UfsNotFoundError:
             if self._has_below(path):
                 raise UfsError(f"{self.uri}/{show(path)} is a directory", errno=errno.EISDIR) from None
             raise
-        size = int(answer["ContentRange"].rpartition("/")[2])
-        if len(body) != min(length, size - offset):
-            raise UfsUnavailableError(f"{self._options.place}: {self._what(path)}: an answer was cut short")
-        return body, size, answer["ETag"]
+        if found is None:
+            seen = self._head(key, path)
+            return b"", seen["ContentLength"], seen["ETag"]
+        return found
 
-    def _range(self, key: str, offset: int, length: int, wanted: dict[str, str]) -> Any:
-        """None where the object ends before `offset`."""
+    def _range(
+        self, key: str, offset: int, length: int, wanted: dict[str, str]
+    ) -> tuple[bytes, int, str] | None:
+        """One attempt. None where the object ends before `offset`."""
         try:
-            return self._api.get_object(
+            answer = self._api.get_object(
                 Bucket=self._options.bucket,
                 Key=key,
                 Range=f"bytes={offset}-{offset + length - 1}",
@@ -275,31 +288,40 @@ class S3UnderStorage(UnderStorage):
             if error_code(error) in ("InvalidRange", "416"):
                 return None
             raise
+        body = answer["Body"].read()
+        size = int(answer["ContentRange"].rpartition("/")[2])
+        if len(body) != min(length, size - offset):
+            raise NoAnswer(f"{self._options.place}: an answer was cut short")
+        return body, size, answer["ETag"]
 
     def _delete_keys(self, keys: Sequence[str]) -> None:
         for start in range(0, len(keys), _DELETE_BATCH):
             batch = keys[start : start + _DELETE_BATCH]
             if not (self._has_batches and self._delete_batch(batch)):
                 for key in batch:
-                    with calls(self._options, key):
-                        self._api.delete_object(Bucket=self._options.bucket, Key=key)
+                    self._client.call(key, self._api.delete_object, Bucket=self._options.bucket, Key=key)
 
     def _delete_batch(self, keys: Sequence[str]) -> bool:
         """False where the server knows no DeleteObjects."""
         names = {"Objects": [{"Key": key} for key in keys], "Quiet": True}
-        with calls(self._options, "delete"):
+
+        def send() -> bool:
             try:
                 answer = self._api.delete_objects(Bucket=self._options.bucket, Delete=names)
             except self._api.exceptions.ClientError as error:
-                if error_code(error) not in _NO_BATCH_CODES:
-                    raise
-                self._has_batches = False
-                return False
-        for failed in answer.get("Errors", ()):
-            if failed.get("Code") != "NoSuchKey":
-                found = self._api.exceptions.ClientError({"Error": {"Code": failed.get("Code")}}, "Delete")
-                raise translate(found, self._options, show(str(failed.get("Key")).encode()))
-        return True
+                if error_code(error) in _NO_BATCH_CODES:
+                    return False
+                raise
+            for failed in answer.get("Errors", ()):
+                if failed.get("Code") != "NoSuchKey":
+                    found = self._api.exceptions.ClientError(
+                        {"Error": {"Code": failed.get("Code")}}, "Delete"
+                    )
+                    raise translate(found, self._options, show(str(failed.get("Key")).encode()))
+            return True
+
+        self._has_batches = bool(self._client.call("delete", send))
+        return self._has_batches
 
 
 def _ns(moment: Any) -> int:

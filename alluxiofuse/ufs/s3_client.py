@@ -6,7 +6,7 @@ string that was signed."""
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +17,7 @@ from botocore.exceptions import (  # type: ignore[import-untyped]
     BotoCoreError,
     ClientError,
     CredentialRetrievalError,
+    FlexibleChecksumError,
     HTTPClientError,
     NoCredentialsError,
     PartialCredentialsError,
@@ -35,9 +36,9 @@ from alluxiofuse.errors import (
     UfsUnavailableError,
 )
 from alluxiofuse.ufs.s3_options import S3Options
+from alluxiofuse.ufs.s3_pace import Damaged, NoAnswer, Pace, Throttled
 
 CONNECT_TIMEOUT_S = 5.0
-ATTEMPTS = 3
 _POOL_CONNECTIONS = 48
 _DENIED = {
     "AccessDenied": "the credentials do not allow it",
@@ -60,6 +61,20 @@ _OTHER = {
     "NotImplemented": errno.EOPNOTSUPP,
     "XMinioStorageFull": errno.ENOSPC,
 }
+_SLOW_DOWN = {
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "RequestThrottled",
+    "RequestThrottledException",
+    "TooManyRequests",
+    "TooManyRequestsException",
+    "BandwidthLimitExceeded",
+    "429",
+}
+_PASSING = {"InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted"}
+"""Codes of failures that pass, also where they come in the body of a 200 (DeleteObjects, copies)."""
 _WRONG_REGION = {
     "PermanentRedirect",
     "AuthorizationHeaderMalformed",
@@ -80,6 +95,7 @@ class S3Client:
 
     def __init__(self, options: S3Options) -> None:
         self._options = options
+        self.pace = Pace(options.timeout_s)
         with calls(options, "the credentials"):
             session = boto3.session.Session(region_name=options.region)
             self.region: str = session.region_name or "us-east-1"
@@ -101,12 +117,21 @@ class S3Client:
             s3={"addressing_style": "path" if options.path_style else "auto"},
             connect_timeout=CONNECT_TIMEOUT_S,
             read_timeout=options.timeout_s,
-            retries={"mode": "standard", "total_max_attempts": ATTEMPTS},
+            retries={"mode": "standard", "total_max_attempts": 1},  # `call` tries again
             max_pool_connections=_POOL_CONNECTIONS,
             # We send checksums ourselves, in headers that servers which do not know them ignore.
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
+
+    def call(self, what: str, send: Callable[..., Any], **arguments: Any) -> Any:
+        """One request by the library, tried again as `Pace.run` says. UfsErrors that name `what`."""
+
+        def work() -> Any:
+            with calls(self._options, what):
+                return send(**arguments)
+
+        return self.pace.run(work)
 
     def credentials(self) -> tuple[str, str, str | None]:
         """(access key, secret key, session token) as of now; a role's are renewed in time.
@@ -146,8 +171,10 @@ def translate(error: Exception, options: S3Options, what: str) -> UfsError:
         return UfsPermissionError(f"{options.place}: the profile that AWS_PROFILE names does not exist")
     if isinstance(error, SSLError):
         return UfsUnavailableError(f"{options.place}: TLS failed; is its certificate trusted here?")
+    if isinstance(error, FlexibleChecksumError):
+        return Damaged(f"{options.place}: {what}: what arrived is not what is stored")
     if isinstance(error, NoConnectionError | HTTPClientError):  # refused, timed out, cut off, no such host
-        return UfsUnavailableError(f"{options.place}: no answer ({type(error).__name__})")
+        return NoAnswer(f"{options.place}: no answer ({type(error).__name__})")
     return UfsError(f"{options.place}: {what}: {type(error).__name__}")
 
 
@@ -166,6 +193,8 @@ def _by_code(code: str, status: int, options: S3Options, what: str) -> UfsError:
         return UfsError(f"{options.place}: {what}: {code}", errno=_OTHER[code])
     if status in (401, 403):
         return UfsPermissionError(f"{options.place}: {_DENIED['403']} ({what})")
-    if status >= 500 or status in (408, 429) or code in ("SlowDown", "RequestTimeout", "BadDigest"):
+    if code in _SLOW_DOWN or status in (429, 503):
+        return Throttled(f"{options.place}: {what}: the store answered {code or status}")
+    if status >= 500 or status == 408 or code in _PASSING or code == "BadDigest":
         return UfsUnavailableError(f"{options.place}: {what}: the store answered {code or status}")
     return UfsError(f"{options.place}: {what}: the store answered {code or status}")

@@ -6,6 +6,7 @@ reports too vaguely (why something was refused) is left to the caller, see `Uncl
 from __future__ import annotations
 
 import os
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,10 @@ from obstore.exceptions import BaseError, PreconditionError
 from obstore.store import S3Store
 
 from alluxiofuse.errors import UfsChangedError, UfsUnavailableError
-from alluxiofuse.ufs.s3_client import ATTEMPTS, CONNECT_TIMEOUT_S, S3Client
+from alluxiofuse.ufs.s3_client import CONNECT_TIMEOUT_S, S3Client
 from alluxiofuse.ufs.s3_options import S3Options
+from alluxiofuse.ufs.s3_pace import NoAnswer, Throttled
+from alluxiofuse.ufs.s3_verify import Verifier
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -30,6 +33,7 @@ _CREDENTIALS_LIFE = timedelta(minutes=2)
 
 _NO_ANSWER = "HTTP error:"
 """In obstore's text: refused, timed out or cut off, as opposed to an answer with an error status."""
+_STATUS = re.compile(r"non-2xx status code: (\d{3})")
 
 
 class Unclear(Exception):
@@ -76,17 +80,11 @@ class S3Reader:
                 "read_timeout": timedelta(seconds=options.timeout_s),
                 "timeout": timedelta(seconds=_REQUEST_LIMIT_S),
             },
-            retry_config={
-                "max_retries": ATTEMPTS - 1,
-                "retry_timeout": timedelta(seconds=options.timeout_s),
-                "backoff": {
-                    "init_backoff": timedelta(milliseconds=100),
-                    "max_backoff": timedelta(seconds=2),
-                    "base": 2,
-                },
-            },
+            # `Pace.run` tries again; here it would be many times as often.
+            retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=options.timeout_s)},
             **keys,
         )
+        self._verifier = Verifier(options, client)
 
     def _credentials(self) -> Any:
         access_key, secret_key, token = self._client.credentials()
@@ -101,7 +99,19 @@ class S3Reader:
         """([offset, offset + length) cut at the object's end, the object's size, its ETag).
 
         `length` > 0. With `etag` (quoted): UfsChangedError for another version. UfsUnavailableError
-        for a body that is shorter than announced. Unclear: ask the control path."""
+        for a body that is shorter than announced. A whole object is compared with its checksum
+        (`Verifier`). Unclear: ask the control path."""
+        checks = self._verifier.begin(key)
+
+        def work() -> tuple[memoryview, int, str]:
+            found = self._attempt(key, offset, length, etag)
+            if offset == 0 and len(found[0]) == found[1]:
+                checks.check(found[0], found[2])
+            return found
+
+        return self._client.pace.run(work)
+
+    def _attempt(self, key: str, offset: int, length: int, etag: str | None) -> tuple[memoryview, int, str]:
         wanted: GetOptions = {"range": (offset, offset + length)}
         if etag is not None:
             wanted["if_match"] = etag
@@ -112,16 +122,26 @@ class S3Reader:
         except PreconditionError:
             raise UfsChangedError(f"{self._options.place}: the object was changed outside") from None
         except (BaseError, OSError, ValueError) as error:  # it maps to FileNotFoundError, ValueError, ...
-            # After its retries there is no use in trying the other way too, unless this way has never
-            # worked: its TLS and proxy settings are not all the same as the control path's.
-            if self._has_worked and _NO_ANSWER in str(error):
-                raise UfsUnavailableError(f"{self._options.place}: no answer") from None
-            raise Unclear(type(error).__name__) from None
+            raise self._judge(error) from None
         except BaseException as error:
             if type(error).__name__ != "PanicException":  # Rust's; no ordinary exception
                 raise
             raise Unclear("panic") from None
         self._has_worked = True
         if len(data) != min(length, meta["size"] - offset):
-            raise UfsUnavailableError(f"{self._options.place}: an answer was cut short")
+            raise NoAnswer(f"{self._options.place}: an answer was cut short")
         return data, meta["size"], meta["e_tag"] or ""
+
+    def _judge(self, error: Exception) -> Exception:
+        text = str(error)
+        # There is no use in trying the other way too, unless this way has never worked: its TLS and
+        # proxy settings are not all the same as the control path's.
+        if self._has_worked and _NO_ANSWER in text:
+            return NoAnswer(f"{self._options.place}: no answer")
+        found = _STATUS.search(text)
+        status = int(found[1]) if found else 0
+        if status in (429, 503):
+            return Throttled(f"{self._options.place}: the store answered {status}")
+        if status >= 500:
+            return UfsUnavailableError(f"{self._options.place}: the store answered {status}")
+        return Unclear(type(error).__name__)

@@ -34,6 +34,7 @@ OPTIONS = {
     "multipart_bytes": "objects of this size or more are uploaded in parts; default 64MiB",
     "part_bytes": "size of a part, larger for objects of more than 10,000 parts; default 16MiB",
     "parallel_parts": "parts in memory and on their way at once; default 4",
+    "verify": "true or false: compare objects that are read whole with their MD5 (ETag); default true",
     "checksum": "crc32 (md5 where the server ignores it) or md5: what uploads are verified with",
 }
 
@@ -57,6 +58,7 @@ class S3Options:
     part_bytes: int = 16 << 20
     parallel_parts: int = 4
     checksum: str = "crc32"
+    verify: bool = True
     copy_limit_bytes: int = 5 << 30
     """The most that one CopyObject takes; above, the store copies in parts."""
 
@@ -110,6 +112,7 @@ def parse_options(uri: str, options: Mapping[str, str], environ: Mapping[str, st
         multipart_bytes=max(part_bytes, _size(options, "multipart_bytes", 64 << 20)),
         part_bytes=part_bytes,
         parallel_parts=int(_number(options, "parallel_parts", 4, 1, 64)),
+        verify=_choice(options, "verify", {"true": True, "false": False}, True),
         checksum="md5" if _choice(options, "checksum", {"crc32": False, "md5": True}, False) else "crc32",
     )
 

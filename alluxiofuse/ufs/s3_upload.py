@@ -15,8 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 from alluxiofuse.errors import UfsError, UfsNotFoundError
-from alluxiofuse.ufs.s3_client import S3Client, calls
+from alluxiofuse.ufs.s3_client import S3Client
 from alluxiofuse.ufs.s3_options import S3Options
+from alluxiofuse.ufs.unfinished import Note, Unfinished
 
 log = logging.getLogger(__name__)
 _COPY_PART_BYTES = 512 << 20
@@ -32,13 +33,22 @@ class S3Uploader:
 
     def __init__(self, options: S3Options, client: S3Client) -> None:
         self._options = options
+        self._client = client
         self._api = client.api
+        self.unfinished = Unfinished()
         self._pool = ThreadPoolExecutor(options.parallel_parts, thread_name_prefix="s3-part")
         self._has_crc32 = options.checksum == "crc32"
         """Until an answer shows that the store ignores it; then MD5. Only ever turned off."""
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
+        self.unfinished.close()
+
+    def undo(self) -> None:
+        """Abort the uploads of ours that are left behind, from this process or an earlier one. UfsError
+        when the store refuses, UfsUnavailableError when it can't be asked."""
+        for note in self.unfinished.left():
+            self._abort(note)
 
     def put(self, key: str, what: str, fd: int, size: int, go_on: GoOn) -> str:
         """The new ETag. `go_on` is asked between parts and before the end. UfsError; what `go_on`
@@ -48,8 +58,7 @@ class S3Uploader:
         body = pread_exactly(fd, size, 0)
         go_on()
         target = {"Bucket": self._options.bucket, "Key": key, "ContentType": content_type(key)}
-        with calls(self._options, what):
-            return str(self._send(self._api.put_object, body, target)["ETag"])
+        return str(self._send(what, self._api.put_object, body, target)["ETag"])
 
     def copy(self, source: str, target: str, what: str, size: int, etag: str) -> str:
         """The ETag of the copy. UfsChangedError when `source` is no longer the version `etag`."""
@@ -57,9 +66,10 @@ class S3Uploader:
         place = {"Bucket": self._options.bucket, "Key": target}
         if size > self._options.copy_limit_bytes:
             return self._copy_parts(origin, place, what, size, etag)
-        with calls(self._options, what):
-            answer = self._api.copy_object(**place, CopySource=origin, CopySourceIfMatch=etag)
-            return str(answer["CopyObjectResult"]["ETag"])
+        answer = self._client.call(
+            what, self._api.copy_object, **place, CopySource=origin, CopySourceIfMatch=etag
+        )
+        return str(answer["CopyObjectResult"]["ETag"])
 
     def _put_parts(self, key: str, what: str, fd: int, size: int, go_on: GoOn) -> str:
         part_bytes = self._options.part_size(size)
@@ -72,8 +82,7 @@ class S3Uploader:
             offset = (number - 1) * part_bytes
             body = pread_exactly(fd, min(part_bytes, size - offset), offset)
             target = place | {"UploadId": upload_id, "PartNumber": number}
-            with calls(self._options, what):
-                answer = self._send(self._api.upload_part, body, target)
+            answer = self._send(what, self._api.upload_part, body, target)
             part = {"PartNumber": number, "ETag": answer["ETag"]}
             if answer.get("ChecksumCRC32"):
                 part["ChecksumCRC32"] = answer["ChecksumCRC32"]
@@ -87,15 +96,16 @@ class S3Uploader:
         def one(upload_id: str, number: int) -> Part:
             first = (number - 1) * part_bytes
             last = min(size, first + part_bytes) - 1
-            with calls(self._options, what):
-                answer = self._api.upload_part_copy(
-                    **place,
-                    UploadId=upload_id,
-                    PartNumber=number,
-                    CopySource=origin,
-                    CopySourceIfMatch=etag,
-                    CopySourceRange=f"bytes={first}-{last}",
-                )
+            answer = self._client.call(
+                what,
+                self._api.upload_part_copy,
+                **place,
+                UploadId=upload_id,
+                PartNumber=number,
+                CopySource=origin,
+                CopySourceIfMatch=etag,
+                CopySourceRange=f"bytes={first}-{last}",
+            )
             return {"PartNumber": number, "ETag": answer["CopyPartResult"]["ETag"]}
 
         extra = {"ContentType": content_type(place["Key"])}
@@ -111,27 +121,42 @@ class S3Uploader:
         go_on: GoOn,
     ) -> str:
         go_on()
-        with calls(self._options, what):
-            upload_id = self._api.create_multipart_upload(**place, **extra)["UploadId"]
+        upload_id = self._client.call(what, self._api.create_multipart_upload, **place, **extra)["UploadId"]
+        note = (place["Key"], upload_id)
+        self.unfinished.begun(note)
         running: deque[Future[Part]] = deque()
         try:
             parts = list(self._run(running, upload_id, count, one, go_on))
             go_on()
-            return self._complete(place, what, upload_id, parts)
+            etag = self._complete(place, what, upload_id, parts)
         except BaseException:
             for future in running:
                 future.cancel()
             for future in running:  # an abort before the last part arrived would leave that part
                 if not future.cancelled():
                     future.exception()
-            try:
-                with calls(self._options, what):
-                    self._api.abort_multipart_upload(**place, UploadId=upload_id)
-            except UfsNotFoundError:
-                pass
-            except UfsError as error:
-                log.warning("an unfinished upload is left behind: %s", error.message)
+            self.unfinished.left_behind(note)
+            self._try_to_undo()
             raise
+        self.unfinished.ended(note)
+        if self.unfinished.left():  # the store did not answer then; it does now
+            self._try_to_undo()
+        return etag
+
+    def _try_to_undo(self) -> None:
+        try:
+            self.undo()
+        except UfsError as error:
+            log.warning("an unfinished upload is left for later: %s", error.message)
+
+    def _abort(self, note: Note) -> None:
+        key, upload_id = note
+        place = {"Bucket": self._options.bucket, "Key": key}
+        try:
+            self._client.call(key, self._api.abort_multipart_upload, **place, UploadId=upload_id)
+        except UfsNotFoundError:
+            pass  # it is no more
+        self.unfinished.ended(note)
 
     def _run(
         self,
@@ -156,30 +181,33 @@ class S3Uploader:
         if not with_crc32:
             parts = [{"PartNumber": part["PartNumber"], "ETag": part["ETag"]} for part in parts]
         try:
-            with calls(self._options, what):
-                answer = self._api.complete_multipart_upload(
-                    **place, UploadId=upload_id, MultipartUpload={"Parts": parts}
-                )
+            answer = self._client.call(
+                what,
+                self._api.complete_multipart_upload,
+                **place,
+                UploadId=upload_id,
+                MultipartUpload={"Parts": parts},
+            )
             return str(answer["ETag"])
         except UfsNotFoundError:
-            # The library's own retry after a lost answer: the upload is no more because it is done.
+            # A second attempt after a lost answer: the upload is no more because it is done.
             etag = f'"{etag_of_parts(parts)}"'
-            with calls(self._options, what):
-                seen = self._api.head_object(**place)
+            seen = self._client.call(what, self._api.head_object, **place)
             if seen["ETag"] != etag:
                 raise
             return etag
 
-    def _send(self, send: Callable[..., Any], body: bytes, target: dict[str, Any]) -> Any:
+    def _send(self, what: str, send: Callable[..., Any], body: bytes, target: dict[str, Any]) -> Any:
         if self._has_crc32:
             checksum = base64.b64encode(zlib.crc32(body).to_bytes(4, "big")).decode()
-            answer = send(**target, Body=body, ChecksumCRC32=checksum)
+            answer = self._client.call(what, send, **target, Body=body, ChecksumCRC32=checksum)
             if answer.get("ChecksumCRC32") == checksum:
                 return answer
             self._has_crc32 = False  # ignored, so nothing was verified: once more, the old way
             log.info("%s ignores CRC32 checksums: uploads are verified by MD5", self._options.place)
         digest = hashlib.md5(body, usedforsecurity=False).digest()
-        return send(**target, Body=body, ContentMD5=base64.b64encode(digest).decode())
+        content_md5 = base64.b64encode(digest).decode()
+        return self._client.call(what, send, **target, Body=body, ContentMD5=content_md5)
 
 
 def pread_exactly(fd: int, size: int, offset: int) -> bytes:

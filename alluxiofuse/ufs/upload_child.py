@@ -1,4 +1,7 @@
-"""The upload process: carries out puts for a worker (`python -m alluxiofuse.ufs.upload_child FD`).
+"""The upload process: carries out puts for a worker.
+
+`python -m alluxiofuse.ufs.upload_child FD PARALLEL PARENT`: the socket, puts of one mount at once, and
+the worker's process id.
 
 Why a process: an upload is Python and many small system calls, and in the worker's process each of
 them would fight with the data path for the interpreter. It holds no state worth keeping; when its
@@ -6,13 +9,16 @@ socket closes, it ends and what it was doing is done again by a later one."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
 import socket
 import sys
 import threading
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 from alluxiofuse.errors import AlluxioFuseError, UfsError, UfsUnavailableError, to_wire
 from alluxiofuse.ufs import registry
@@ -22,6 +28,7 @@ from alluxiofuse.wire.codec import decode, encode
 
 log = logging.getLogger(__name__)
 
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NICENESS = 5
 """Uploads give way to programs that wait."""
 
@@ -35,7 +42,9 @@ class Child:
     def __init__(self, sock: socket.socket, parallel: int) -> None:
         self._sock = sock
         self._sending = threading.Lock()
-        self._pool = ThreadPoolExecutor(parallel)
+        self._parallel = parallel
+        self._pools: dict[int, ThreadPoolExecutor] = {}
+        """By mount id, so that a store that hangs holds up nobody else's uploads."""
         self._storages: dict[int, UnderStorage | AlluxioFuseError] = {}
         self._cancelled: set[int] = set()
         self._running: set[int] = set()
@@ -52,20 +61,28 @@ class Child:
                 self._answer(PutResult(order.put_id, error=to_wire(_EXHAUSTED)))
             elif isinstance(order, Put):
                 self._running.add(order.put_id)
-                self._pool.submit(self._put, order, fds[0])
+                self._pools[order.mount_id].submit(self._put, order, fds[0])
             elif isinstance(order, Cancel):
                 if order.put_id in self._running:
                     self._cancelled.add(order.put_id)
             else:
                 self._open(order)
         self._cancelled.update(self._running)
-        self._pool.shutdown(cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown(wait=False, cancel_futures=True)
+        for pool in self._pools.values():
+            pool.shutdown()
 
     def _open(self, order: OpenMount) -> None:
+        self._pools[order.mount_id] = ThreadPoolExecutor(self._parallel)
         try:
-            self._storages[order.mount_id] = registry.open_ufs(order.uri, order.options)
+            storage = registry.open_ufs(order.uri, order.options)
         except AlluxioFuseError as exc:
             self._storages[order.mount_id] = exc
+            return
+        self._storages[order.mount_id] = storage
+        if order.notes:
+            self._pools[order.mount_id].submit(_resume, storage, Path(order.notes))
 
     def _put(self, order: Put, fd: int) -> None:
         result = PutResult(order.put_id)
@@ -85,11 +102,20 @@ class Child:
         self._answer(result)
 
     def _answer(self, result: PutResult) -> None:
+        result.counts = self._counts()
         with self._sending:
             try:
                 self._sock.send(encode(result))
             except OSError:
                 pass  # The worker is gone; the main thread sees it too.
+
+    def _counts(self) -> dict[str, int]:
+        """What went wrong with all mounts together, so far."""
+        found: Counter[str] = Counter()
+        for storage in list(self._storages.values()):
+            if isinstance(storage, UnderStorage):
+                found.update(storage.counts())
+        return dict(found)
 
     def _put_one(self, order: Put, fd: int) -> bytes:
         storage = self._storages[order.mount_id]
@@ -102,7 +128,24 @@ class Child:
         return entry.fingerprint
 
 
+def _resume(storage: UnderStorage, notes: Path) -> None:
+    try:
+        storage.resume(notes)
+    except AlluxioFuseError as exc:
+        log.warning("what an earlier process left is tidied up later: %s", exc.message)
+    except Exception:
+        log.exception("tidying up failed: a bug in a connector")
+
+
+def _end_with(parent: int) -> None:
+    """Be killed when the worker is: an upload that went on could land after those of the next one."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 def main() -> None:
+    _end_with(int(sys.argv[3]))
     # The worker decides when to end, by closing the socket; a Ctrl-C reaches the whole group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -17,6 +17,8 @@ class OpenMount(msgspec.Struct, array_like=True, tag="open"):
     mount_id: int
     uri: str
     options: dict[str, str]
+    notes: str = ""
+    """The file for `UnderStorage.resume`; "": none."""
 
 
 class Put(msgspec.Struct, array_like=True, tag="put"):
@@ -46,3 +48,5 @@ class PutResult(msgspec.Struct, array_like=True):
     fingerprint: bytes = b""
     error: tuple[str, int, str] | None = None
     is_cancelled: bool = False
+    counts: dict[str, int] = {}
+    """Of all connectors in the process, since it started."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 
 import trio
 
@@ -57,7 +60,8 @@ class _Running:
 
     def __init__(self, parallel: int) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        command = [sys.executable, "-m", "alluxiofuse.ufs.upload_child", str(theirs.fileno()), str(parallel)]
+        command = [sys.executable, "-m", "alluxiofuse.ufs.upload_child"]
+        command += [str(theirs.fileno()), str(parallel), str(os.getpid())]
         try:
             with theirs:
                 self.process = subprocess.Popen(
@@ -75,9 +79,11 @@ class _Running:
         self.sending = trio.Lock()
         self.mounts: set[int] = set()
         self.waiting: dict[int, _Waiting] = {}
+        self.counts: dict[str, int] = {}
 
     def take(self, packet: bytes) -> None:
         result = decode(packet, PutResult)
+        self.counts = result.counts
         waiting = self.waiting.get(result.put_id)
         if waiting is not None:
             waiting.result = result
@@ -105,9 +111,13 @@ class UploadProcess:
     """Starts the process with the first put, and again after it died. Owned by `run`'s task; `put`
     may be called by many."""
 
-    def __init__(self, parallel: int) -> None:
+    def __init__(self, parallel: int, notes_dir: Path | None = None) -> None:
+        """`notes_dir`: where uploads that a crash would leave half done are noted, a file a mount."""
         self._parallel = parallel
+        self._notes_dir = notes_dir
         self._running: _Running | None = None
+        self._ended_counts: Counter[str] = Counter()
+        """Of processes that have ended."""
         self._starting = trio.Event()
         self._put_count = 0
 
@@ -123,6 +133,7 @@ class UploadProcess:
                 finally:
                     self._starting = trio.Event()
                     self._running = None
+                    self._ended_counts.update(running.counts)
                     await _end(running)
         finally:
             if self._running is not None:
@@ -145,6 +156,43 @@ class UploadProcess:
             log.warning("the upload process ended; its uploads are started again")
             return
 
+    def counts(self) -> Counter[str]:
+        """What connectors in the process counted (`UnderStorage.counts`)."""
+        found = Counter(self._ended_counts)
+        if self._running is not None:
+            found.update(self._running.counts)
+        return found
+
+    def left_over(self) -> list[int]:
+        """Mounts of which an earlier process may have left something half done."""
+        if self._notes_dir is None or not self._notes_dir.is_dir():
+            return []
+        notes = [one for one in self._notes_dir.iterdir() if one.name.isdigit()]
+        return [int(one.name) for one in notes if one.stat().st_size]
+
+    async def resume(self, mount: MountInfo) -> None:
+        """Have what was left half done in this mount's store undone, in the background."""
+        running = self._get()
+        try:
+            await self._open(running, mount)
+        except (OSError, trio.ClosedResourceError):
+            raise UfsUnavailableError("the upload process ended") from None
+
+    def _get(self) -> _Running:
+        if self._running is None:
+            try:
+                self._running = _Running(self._parallel)
+            except OSError as exc:
+                raise UfsUnavailableError(f"the upload process can't be started: {exc.strerror}") from None
+            self._starting.set()
+        return self._running
+
+    async def _open(self, running: _Running, mount: MountInfo) -> None:
+        if mount.mount_id not in running.mounts:
+            running.mounts.add(mount.mount_id)
+            notes = "" if self._notes_dir is None else str(self._notes_dir / str(mount.mount_id))
+            await running.send(OpenMount(mount.mount_id, mount.uri, mount.options, notes))
+
     async def put(
         self,
         mount: MountInfo,
@@ -157,20 +205,12 @@ class UploadProcess:
         """UnderStorage.put in the process; the new fingerprint. A put that is cancelled, by its
         Cancellation or because the task is, is still awaited, so that on return nothing reads `fd`'s
         file any more. UfsUnavailableError: the process died."""
-        running = self._running
-        if running is None:
-            try:
-                running = self._running = _Running(self._parallel)
-            except OSError as exc:
-                raise UfsUnavailableError(f"the upload process can't be started: {exc.strerror}") from None
-            self._starting.set()
+        running = self._get()
         self._put_count += 1
         put_id, waiting = self._put_count, _Waiting()
         running.waiting[put_id] = waiting
         try:
-            if mount.mount_id not in running.mounts:
-                running.mounts.add(mount.mount_id)
-                await running.send(OpenMount(mount.mount_id, mount.uri, mount.options))
+            await self._open(running, mount)
             order = Put(put_id, mount.mount_id, path, size, attrs.mode, attrs.uid, attrs.gid, attrs.mtime_ns)
             await running.send(order, fd)
             cancellation.tell(lambda: running.cancel(put_id))
