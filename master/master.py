@@ -77,7 +77,7 @@ class Master:
             store = self.store = Store(directory / "meta")
             undo.callback(store.close)
             clock = Clock(wall_ns)
-            mounts = self.mounts = MountTable(store, open_ufs)
+            mounts = self.mounts = MountTable(store, open_ufs, notes_dir=directory / "uploads")
             undo.callback(mounts.close)
             self._format(store, mounts, clock)
             self._build(store, mounts, clock, close_stale_sessions)
@@ -91,6 +91,7 @@ class Master:
         mounts.ensure_root(config.ufs, config.ufs_options, config.sync_interval_s, tx)
         if is_new:
             mounts.storage(ROOT_MOUNT_ID).check()
+            mounts.learn_root(tx)
         tx.commit()
 
     def _build(self, store: Store, mounts: MountTable, clock: Clock, close_stale_sessions: bool) -> None:

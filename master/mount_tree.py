@@ -11,7 +11,7 @@ from alluxiofuse.errors import FsError
 from alluxiofuse.master import places
 from alluxiofuse.master.containers import forget_container
 from alluxiofuse.master.events import Events
-from alluxiofuse.master.mounts import MountTable
+from alluxiofuse.master.mounts import MountTable, identified
 from alluxiofuse.master.namespace import Namespace, check_name
 from alluxiofuse.master.records import InodeRecord, MountRecord
 from alluxiofuse.master.store import Transaction, u64
@@ -49,22 +49,23 @@ class MountTree:
         known = self._mounts.overlapping(req.uri, req.options, req.is_readonly)
         if known is not None:
             raise FsError(errno.EBUSY, f"{req.uri} overlaps with {known.uri}, which is mounted already")
-        storage = await trio.to_thread.run_sync(self._probe, req.uri, dict(req.options))
+        storage, options = await trio.to_thread.run_sync(self._probe, req.uri, dict(req.options))
         try:
-            mount_id = self._enter(req, storage, parent, name)
+            mount_id = self._enter(req, storage, options, parent, name)
         except BaseException:
             storage.close()
             raise
         return self._mounts.info(mount_id, with_secrets=False)
 
-    def _probe(self, uri: str, options: dict[str, str]) -> UnderStorage:
+    def _probe(self, uri: str, options: dict[str, str]) -> tuple[UnderStorage, dict[str, str]]:
+        """The connector, and the options to keep. Blocks."""
         storage = self._mounts.open(uri, options)
         try:
             storage.check()
+            return storage, identified(options, storage)
         except BaseException:
             storage.close()
             raise
-        return storage
 
     def _check_free(self, parent: int, child: int | None) -> None:
         self._namespace.directory(parent)
@@ -78,7 +79,9 @@ class MountTree:
         if any(True for _ in self._store.scan("edge", u64(child))) or not record.is_loaded:
             raise FsError(errno.ENOTEMPTY, "the mount point has to be empty (list it first)")
 
-    def _enter(self, req: MountUfs, storage: UnderStorage, parent: int, name: bytes) -> int:
+    def _enter(
+        self, req: MountUfs, storage: UnderStorage, options: dict[str, str], parent: int, name: bytes
+    ) -> int:
         """Await-free. Everything is looked at again: the probe took its time."""
         child = self._store.child(parent, name)
         self._check_free(parent, child)
@@ -96,7 +99,7 @@ class MountTree:
         interval_s = req.sync_interval_s
         if interval_s is None:
             interval_s = storage.capabilities.default_sync_interval_s
-        entry = MountRecord(mount_id, child, req.uri, req.is_readonly, interval_s, dict(req.options))
+        entry = MountRecord(mount_id, child, req.uri, req.is_readonly, interval_s, options)
         self._mounts.add(tx, entry, storage)
         tx.commit()
         self._events.publish(0, Event(EVENT_ENTRY, parent, name), Event(EVENT_ATTR, child))

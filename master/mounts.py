@@ -9,16 +9,18 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 
 import trio
 
-from alluxiofuse.errors import StaleError, UserError
+from alluxiofuse.errors import StaleError, UfsError, UserError
 from alluxiofuse.ids import ROOT_INO, ROOT_MOUNT_ID
 from alluxiofuse.master import places
 from alluxiofuse.master.records import MountRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import Capabilities, UnderStorage
-from alluxiofuse.ufs.registry import local_directory, redact
+from alluxiofuse.ufs.registry import IDENTITY, NEW_IDENTITY, local_directory, redact
 from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.types import MountInfo
 
@@ -33,8 +35,10 @@ class MountTable:
         store: Store,
         open_ufs: OpenUfs,
         redact: Callable[[dict[str, str]], dict[str, str]] = redact,
+        notes_dir: Path | None = None,
     ) -> None:
-        """Options that `redact` changes are secrets."""
+        """Options that `redact` changes are secrets. `notes_dir`: for `notes`; made when needed."""
+        self._notes_dir = notes_dir
         self._store = store
         self._open_ufs = open_ufs
         self._redact = redact
@@ -73,6 +77,13 @@ class MountTable:
             found.update(storage.counts())
         return dict(found)
 
+    def notes(self, mount_id: int) -> Path | None:
+        """The file for `UnderStorage.resume` of the master's own connector."""
+        if self._notes_dir is None:
+            return None
+        self._notes_dir.mkdir(mode=0o700, exist_ok=True)
+        return self._notes_dir / str(mount_id)
+
     def limiter(self, mount_id: int) -> trio.CapacityLimiter:
         """For trio.to_thread.run_sync of this mount's calls."""
         if mount_id not in self._limiters:
@@ -104,6 +115,8 @@ class MountTable:
         path = b"/" if inode is None else places.namespace_path(self._store, record.ino, inode)
         shown = record.options if with_secrets else self._redact(dict(record.options))
         options = {name: value for name, value in record.options.items() if shown.get(name) == value}
+        if not with_secrets:
+            options.pop(IDENTITY, None)  # of no use to people
         return MountInfo(mount_id, path, record.uri, record.is_readonly, record.sync_interval_s, options)
 
     def overlapping(self, uri: str, options: dict[str, str], is_readonly: bool) -> MountRecord | None:
@@ -133,7 +146,7 @@ class MountTable:
                 f"this state directory belongs to {known.uri}, not to {uri}: name that one, or another "
                 "state directory"
             )
-        if known is not None and not options and sync_interval_s is None:
+        if known is not None and not options and sync_interval_s is None and known.options.get(IDENTITY):
             return known
         interval = sync_interval_s
         if known is None:
@@ -143,7 +156,12 @@ class MountTable:
                 ROOT_MOUNT_ID, ROOT_INO, known.uri, known.is_readonly, known.sync_interval_s, known.options
             )
             record.options = dict(options) or record.options
+            if known.options.get(IDENTITY) and IDENTITY not in record.options:
+                record.options[IDENTITY] = known.options[IDENTITY]
         self._records[ROOT_MOUNT_ID] = record
+        if known is not None:
+            with suppress(UfsError):  # it may be away at this start: learned at a later one
+                record.options = identified(record.options, self.storage(ROOT_MOUNT_ID))
         if interval is not None:
             record.sync_interval_s = interval
         elif known is None:
@@ -153,6 +171,12 @@ class MountTable:
         if tx is None:
             own.commit()
         return record
+
+    def learn_root(self, tx: Transaction) -> None:
+        """After the first start has found the root's under storage good. UfsError."""
+        record = self._existing(ROOT_MOUNT_ID)
+        record.options = identified(record.options, self.storage(ROOT_MOUNT_ID))
+        tx.put_mount(record)
 
     def new_id(self) -> int:
         number = self._store.take_number(b"next_mount")
@@ -191,6 +215,13 @@ class MountTable:
         if record is None:
             raise StaleError(f"mount {mount_id} is gone")
         return record
+
+
+def identified(options: dict[str, str], storage: UnderStorage) -> dict[str, str]:
+    """The options with the identity of the place, unless one is known. Asks the store. UfsError."""
+    known = options.get(IDENTITY, "")
+    found = known if known and known != NEW_IDENTITY else storage.identity()
+    return {**options, IDENTITY: found} if found else options
 
 
 def place_of(uri: str) -> bytes:

@@ -86,7 +86,7 @@ class JobRunner:
             case Kind.RESOLVE_RENAME:
                 await self._resolve_rename(job)
             case Kind.RESOLVE_PUT:
-                self._resolve_put(job)
+                await self._resolve_put(job)
             case Kind.PUSH_DOWN:
                 await self._push_down(job)
             case _:
@@ -141,8 +141,9 @@ class JobRunner:
             self._log.keep(tx, ino, entry, entry.what)
         tx.commit()
 
-    def _resolve_put(self, job: Job) -> None:
+    async def _resolve_put(self, job: Job) -> None:
         """An upload or copy that ended nobody knows how, at a path that is not wanted any more."""
+        await self._thread(job.mount_id, lambda storage: storage.tidy(job.target))
         tx = self._store.transaction()
         ino = job.intent.ino if job.intent is not None else job.ino
         record = tx.inode(ino)
@@ -287,11 +288,15 @@ class JobRunner:
         record = self._store.inode(job.ino)
         if record is None or not self.begin(job, IntentRecord(job.ino, kind, record.container)):
             return
-        source, target = job.source, job.target
+        source, target, notes = job.source, job.target, self._mounts.notes(job.mount_id)
 
         def move(storage: UnderStorage) -> tuple[bytes, UfsEntry]:
             before = storage.stat(source).fingerprint
-            return before, storage.rename(source, target) if is_atomic else storage.copy(source, target)
+            if is_atomic:
+                return before, storage.rename(source, target)
+            if notes is not None:
+                storage.resume(notes)  # a large copy goes in parts
+            return before, storage.copy(source, target)
 
         try:
             before, found = await self._thread(job.mount_id, move)

@@ -105,6 +105,12 @@ class UnderStorage(ABC):
         """Probe: reachable, credentials good, the place exists (is created, for a directory whose
         parent exists, or a prefix of an existing bucket). UfsError with a sentence a person can act on."""
 
+    def identity(self) -> str:
+        """What tells this place from another one that may appear under the same URI (a disk that is not
+        mounted); "" where there is no such danger. It is given to later connectors as the option
+        `identity`; they then refuse any other place with UfsUnavailableError. UfsError."""
+        return ""
+
     def counts(self) -> dict[str, int]:
         """What went wrong since it was opened: name (`ufs_...`, docs/ufs.md) -> how often. Cheap."""
         return {}

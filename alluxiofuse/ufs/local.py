@@ -13,8 +13,16 @@ than `RACY_NS`, `stat` and `list` wait that long, once, and look again; a change
 later ctime. A directory that young gets the fingerprint b"" (unknown) without waiting. This trusts
 the clock of an NFS server to agree with ours within that margin, or to have fine timestamps.
 
-A put is a temporary file in the target's directory, renamed over it. A temporary file that a crash
-left behind is hidden, and goes with its directory; it may be deleted by hand at any time.
+A put is a temporary file in the target's directory, renamed over it. One that a crash left behind is
+hidden; it goes with the next put or removal of the same name (`tidy`), or with its directory. It may be
+deleted by hand at any time.
+
+Identity. A directory is told from another one under the same path by its filesystem's id (statfs) and
+its inode. The master keeps what it saw first (option `identity`, which is not for users but for
+`identity=new`). UfsUnavailableError, for every call, where it is another one: the filesystem's id and
+the inode both differ, or the id of a filesystem whose ids are lasting, or the inode and the directory
+is empty. So the empty mount point of a disk that is not mounted never looks like a store in which
+everything was deleted.
 """
 
 from __future__ import annotations
@@ -48,21 +56,28 @@ from alluxiofuse.ufs.beneath import O_DIR, O_LOOK, open_beneath, opened
 from alluxiofuse.ufs.file_copy import copy_range
 from alluxiofuse.ufs.local_files import (
     clamp,
+    create_temp,
     delete_one,
     entry,
     look,
     read_range,
+    remove_left_over,
     scan,
     set_attrs,
     settle,
     temp_name,
+    tidy,
     unlink_same,
     version_of,
     wait_a_tick,
 )
+from alluxiofuse.ufs.local_place import is_other_place, place_identity
 from alluxiofuse.ufs.paths import check_new_path, check_path, show
 
-OPTIONS = {"fsync": "true or false: a change is on the medium before it counts as done; default true"}
+OPTIONS = {
+    "fsync": "true or false: a change is on the medium before it counts as done; default true",
+    "identity": "new: the directory that is there now is the right one, though it is not the one from before",
+}
 _NOT_FOUND = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP}
 _UNAVAILABLE = {
     errno.ESTALE,
@@ -81,7 +96,7 @@ _UNAVAILABLE = {
 
 
 class LocalUnderStorage(UnderStorage):
-    """Constant after construction, but for `_home`, which is written once (see there)."""
+    """Constant after construction, but for `_identity` (written once) and `_good`."""
 
     scheme = "file"
     capabilities = Capabilities(
@@ -95,14 +110,15 @@ class LocalUnderStorage(UnderStorage):
         preferred_read_bytes=8 << 20,
     )
 
-    def __init__(self, directory: str | bytes, *, is_synced: bool = True) -> None:
+    def __init__(self, directory: str | bytes, *, is_synced: bool = True, identity: str = "") -> None:
         """Touches nothing yet. `is_synced`: a change is on the medium (fsync of file and directory)
-        before the call returns; without, a power failure may undo the last ones."""
+        before the call returns; without, a power failure may undo the last ones. `identity`: what
+        `identity()` said of the right directory; "": that of the one that is there first."""
         self._root = os.path.abspath(os.fsencode(directory))
         self._is_synced = is_synced
-        self._home: tuple[int, int] | None = None
-        """(st_dev, st_ino) of the directory when it was first seen. When both differ later, a
-        filesystem was unmounted under us: what lies beneath must not be taken for our content."""
+        self._identity = identity
+        self._good = ""
+        """That of the directory that was last found to be the right one."""
         self.uri = "file://" + self._root.decode("utf-8", "backslashreplace")
 
     def check(self) -> None:
@@ -116,6 +132,15 @@ class LocalUnderStorage(UnderStorage):
             raise UfsNotFoundError(f"{self.uri}: neither it nor {parent} exists") from None
         except OSError as error:
             raise self._error(error, b"") from None
+
+    def identity(self) -> str:
+        with self._at(b""), self._open_root() as root:
+            return place_identity(root)
+
+    def tidy(self, path: bytes) -> None:
+        check_path(path)
+        with suppress(UfsNotFoundError), self._at(path), self._open_parent(path, is_made=False) as parent:
+            tidy(parent, path.rpartition(b"/")[2])
 
     def close(self) -> None:
         """Nothing is held open between calls."""
@@ -180,9 +205,8 @@ class LocalUnderStorage(UnderStorage):
 
         name = path.rpartition(b"/")[2]
         with self._making(path), self._open_parent(path) as parent:
-            temp = temp_name()
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-            with opened(os.open(temp, flags, 0o600, dir_fd=parent)) as target:
+            made, temp = create_temp(parent, name)
+            with opened(made) as target:
                 try:
                     copy_range(fd, target, size, go_on)
                     set_attrs(target, attrs, is_symlink=False)
@@ -224,7 +248,9 @@ class LocalUnderStorage(UnderStorage):
         check_new_path(path)
         name = path.rpartition(b"/")[2]
         with self._making(path), self._open_parent(path) as parent:
-            temp = temp_name()
+            temp = temp_name(name)
+            if not remove_left_over(parent, temp):
+                raise UfsUnavailableError(f"{self._show(path)} is being written by somebody else")
             os.symlink(target, temp, dir_fd=parent)
             try:
                 self._set(parent, temp, attrs)
@@ -254,6 +280,7 @@ class LocalUnderStorage(UnderStorage):
                 if source != target and moved.st_nlink > 1 and not stat_bits.S_ISDIR(moved.st_mode):
                     # rename(2) of two links to one file does nothing, and leaves the source.
                     unlink_same(old_parent, old, moved)
+                tidy(old_parent, old)
                 self._sync(new_parent)
                 self._sync(old_parent)
                 return self._look(new_parent, new, target)
@@ -336,15 +363,23 @@ class LocalUnderStorage(UnderStorage):
         except NotADirectoryError:
             raise UfsError(f"{self.uri} is not a directory", errno=errno.ENOTDIR) from None
         try:
-            seen = os.fstat(fd)
-            home = (seen.st_dev, seen.st_ino)
-            if self._home is None:
-                self._home = home
-            elif home[0] != self._home[0] and home[1] != self._home[1]:
-                raise UfsUnavailableError(f"{self.uri}: another filesystem is there now; is it mounted?")
+            self._check_identity(fd)
             yield fd
         finally:
             os.close(fd)
+
+    def _check_identity(self, root: int) -> None:
+        found = place_identity(root)
+        if found == self._good:
+            return
+        if not self._identity:
+            self._identity = found
+        elif is_other_place(root, self._identity, found):
+            raise UfsUnavailableError(
+                f"{self.uri}: another or an empty directory is there now; is its disk mounted? "
+                "(if it is the right one, give the option identity=new once)"
+            )
+        self._good = found
 
     def _open_list(self, root: int, path: bytes) -> int:
         return open_beneath(root, path or b".", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

@@ -4,6 +4,8 @@ attributes, removing. Plain system calls that raise OSError; no policy, no proje
 from __future__ import annotations
 
 import errno
+import fcntl
+import hashlib
 import os
 import secrets
 import stat as stat_bits
@@ -81,8 +83,63 @@ def settle(at: int, name: bytes, path: bytes) -> UfsEntry:
     return replace(found, fingerprint=found.fingerprint + secrets.token_bytes(8))
 
 
-def temp_name() -> bytes:
-    return TEMP_PREFIX + secrets.token_hex(8).encode()
+def temp_name(name: bytes) -> bytes:
+    """Where `name` is put together: always the same, so that the next put, or the removal of `name`,
+    finds what a crash left there. Whoever writes a file holds its flock until it has its name: what
+    nobody has locked is left over."""
+    return TEMP_PREFIX + hashlib.blake2b(name, digest_size=12).hexdigest().encode()
+
+
+def create_temp(parent: int, name: bytes) -> tuple[int, bytes]:
+    """(descriptor, name) of an empty locked file to put `name` together in; a left-over one is taken
+    away first. Another name where somebody is putting the same one right now."""
+    temp = temp_name(name)
+    while True:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            fd = os.open(temp, flags, 0o600, dir_fd=parent)
+        except FileExistsError:
+            if not remove_left_over(parent, temp):
+                temp = temp_name(name) + b"-" + secrets.token_hex(8).encode()
+            continue
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno != errno.EWOULDBLOCK:
+                return fd, temp  # a filesystem without locks
+        if os.fstat(fd).st_nlink:
+            return fd, temp
+        os.close(fd)  # taken for a left-over between the two calls
+
+
+def remove_left_over(parent: int, temp: bytes) -> bool:
+    """False: somebody is writing it. OSError."""
+    try:
+        fd = os.open(temp, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, dir_fd=parent)
+    except FileNotFoundError:
+        return True
+    except OSError as error:
+        if error.errno != errno.ELOOP:
+            raise
+        with suppress(FileNotFoundError):
+            os.unlink(temp, dir_fd=parent)  # a symlink is made in one step: it was left
+        return True
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno == errno.EWOULDBLOCK:
+                return False
+        unlink_same(parent, temp, os.fstat(fd))
+        return True
+    finally:
+        os.close(fd)
+
+
+def tidy(parent: int, name: bytes) -> None:
+    """Take away what an interrupted put of `name` left. Its failure is nobody's trouble."""
+    with suppress(OSError):
+        remove_left_over(parent, temp_name(name))
 
 
 def entry(at: int, name: bytes, path: bytes, seen: os.stat_result, version: bytes | None = None) -> UfsEntry:
@@ -136,6 +193,7 @@ def unlink_same(parent: int, name: bytes, seen: os.stat_result) -> None:
 
 
 def delete_one(parent: int, name: bytes) -> None:
+    tidy(parent, name)
     try:
         os.unlink(name, dir_fd=parent)
     except FileNotFoundError:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from importlib.metadata import entry_points
 
@@ -12,6 +13,10 @@ from alluxiofuse.ufs.base import UnderStorage
 
 ENTRY_POINT_GROUP = "alluxiofuse.ufs"
 HIDDEN = "******"
+IDENTITY = "identity"
+"""The option that the master keeps by itself (`UnderStorage.identity`)."""
+NEW_IDENTITY = "new"
+_IDENTITY = re.compile(r"[0-9a-f]+-[0-9a-f]+")
 SECRET_OPTIONS = frozenset({"access_key", "secret_key", "session_token"})
 """Names of options whose values are never shown, logged or written where others may read."""
 _SECRET_WORDS = ("secret", "token", "password", "passwd", "credential", "access_key", "private")
@@ -68,7 +73,11 @@ def _open_local(uri: str, options: dict[str, str]) -> UnderStorage:
     fsync = options.get("fsync", "true").lower()
     if fsync not in ("true", "false"):
         raise UserError(f"option fsync={options['fsync']}: write true or false")
-    return LocalUnderStorage(_directory_of(uri), is_synced=fsync == "true")
+    identity = options.get("identity", "")
+    if identity and identity != NEW_IDENTITY and not _IDENTITY.fullmatch(identity):
+        raise UserError(f"option identity={identity}: write new, or leave it out")
+    known = "" if identity == NEW_IDENTITY else identity
+    return LocalUnderStorage(_directory_of(uri), is_synced=fsync == "true", identity=known)
 
 
 def local_directory(uri: str) -> bytes | None:

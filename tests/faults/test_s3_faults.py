@@ -142,7 +142,8 @@ def test_what_always_fails_is_given_up_after_a_few_attempts(
             assert asked == {operation: ATTEMPTS}
     with proxy.failing(Rule("UploadPart", action)), pytest.raises(UfsUnavailableError):
         put(store, b"big", bytes(6 * MIB))
-    assert uploads_left(s3_server, bucket, store) == []
+    if action != Answer(503, "SlowDown"):  # the same: the abortion is left for later
+        assert uploads_left(s3_server, bucket, store) == []
     assert store.counts()["ufs_given_up"] > len(calls)
     assert bytes(store.read(b"a", 0, 3)) == b"one", "all is well again"
 
