@@ -474,6 +474,7 @@ def test_server_goes_and_comes_back() -> None:
         bucket = server.create_bucket("comes-back")
         store = S3UnderStorage(parse_options(f"s3://{bucket}/p", {**server.options, "timeout_s": "3"}, {}))
         made = put(store, b"f", b"kept")
+        assert bytes(store.read(b"f", 0, 4)) == b"kept"  # the library's own descriptors are open now
         before = open_fds()
         server.stop()
         for call in (
