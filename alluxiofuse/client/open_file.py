@@ -11,6 +11,7 @@ import trio
 
 from alluxiofuse.client import reading
 from alluxiofuse.client.content import Content
+from alluxiofuse.client.reading import InSlab
 from alluxiofuse.client.writing import SealedMeanwhile
 from alluxiofuse.errors import AlluxioFuseError, FsError
 from alluxiofuse.rpc.base import Buffer
@@ -69,6 +70,12 @@ class OpenFile:
         if self.is_released or not self.is_reader:
             raise FsError(errno.EBADF)
         return await reading.read(self, self._content, offset, size)
+
+    async def read_in_place(self, offset: int, size: int) -> Buffer | InSlab:
+        """The same, without a copy where the bytes are in a file that this process may read."""
+        if self.is_released or not self.is_reader:
+            raise FsError(errno.EBADF)
+        return await reading.read(self, self._content, offset, size, in_place=True)
 
     async def write(self, offset: int, data: Buffer, *, is_append: bool | None = None) -> int:
         """How many bytes were written, from the start of `data`; fewer than given only when the room

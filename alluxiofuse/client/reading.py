@@ -6,7 +6,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar, overload
 
 import msgspec
 import trio
@@ -44,8 +44,32 @@ _MAX_STALE = 5
 """Times that an answer may be out of date before it is an error."""
 
 
-async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buffer:
-    """Bytes [offset, offset + size) of the file; fewer only at its end.
+class InSlab(NamedTuple):
+    """Bytes that are in a file, most likely in memory. `fd` is good until the next await."""
+
+    fd: int
+    offset: int
+    length: int
+
+    def __len__(self) -> int:
+        return self.length
+
+
+@overload
+async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buffer: ...
+
+
+@overload
+async def read(
+    file: OpenFile, content: Content, offset: int, size: int, *, in_place: bool
+) -> Buffer | InSlab: ...
+
+
+async def read(
+    file: OpenFile, content: Content, offset: int, size: int, *, in_place: bool = False
+) -> Buffer | InSlab:
+    """Bytes [offset, offset + size) of the file; fewer only at its end. With `in_place` they may be left
+    where they are.
 
     StaleError: the object in the under storage was replaced after `file` had read from it.
     """
@@ -71,10 +95,12 @@ async def read(file: OpenFile, content: Content, offset: int, size: int) -> Buff
         if not slab.is_complete and offset >= slab.tell_at:
             await _tell(slab, offset, length)
         if slab.is_good:  # Still: the telling may have taken time.
+            if in_place and slab.is_hot(offset, length):
+                return InSlab(slab.fd, offset, length)
             data = await slab.read(offset, length)
             if len(data) == length and slab.is_good:
                 return data
-    return await _Attempts(file, content).read(offset, size)
+    return await _Attempts(file, content, in_place=in_place).read(offset, size)
 
 
 async def _tell(slab: Slab, offset: int, length: int) -> None:
@@ -117,8 +143,9 @@ class _NoHolder(UnavailableError):
 class _Attempts:
     """One read that needs more than a pread."""
 
-    def __init__(self, file: OpenFile, content: Content) -> None:
+    def __init__(self, file: OpenFile, content: Content, *, in_place: bool = False) -> None:
         self._file = file
+        self._in_place = in_place
         self._content = content
         self._core = content.core
         self._deadline = trio.current_time() + content.core.config.patience_s
@@ -126,7 +153,7 @@ class _Attempts:
         """Workers that failed in this round."""
         self._stale_count = 0
 
-    async def read(self, offset: int, size: int) -> Buffer:
+    async def read(self, offset: int, size: int) -> Buffer | InSlab:
         return await self._until_it_works(self._read_from, offset, size)
 
     async def load(self, offset: int, length: int) -> None:
@@ -196,7 +223,7 @@ class _Attempts:
 
     # --- one attempt --------------------------------------------------------------------------------
 
-    async def _read_from(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer:
+    async def _read_from(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer | InSlab:
         if layout.home:
             return await self._read_home(worker_id, layout, offset, size)
         length = min(size, layout.size - offset)
@@ -210,7 +237,7 @@ class _Attempts:
         self._file.read_container = layout.container
         return data
 
-    async def _read_sealed(self, worker_id: int, layout: Layout, offset: int, length: int) -> Buffer:
+    async def _read_sealed(self, worker_id: int, layout: Layout, offset: int, length: int) -> Buffer | InSlab:
         if not worker_id:
             if layout.source is None:
                 raise _NoHolder()
@@ -219,6 +246,8 @@ class _Attempts:
         if connection.can_pass_fds:
             slab = await self._slab(worker_id, connection, layout)
             if slab is not None and slab.fd >= 0 and await self._fetched(slab, offset, length):
+                if self._in_place and slab.is_good and slab.is_hot(offset, length):
+                    return InSlab(slab.fd, offset, length)
                 data = await slab.read(offset, length)
                 if not slab.is_good:
                     raise ConnectionLost("the worker's lock ended")

@@ -141,6 +141,20 @@ class Slab:
         finally:
             self.reader_done()
 
+    def is_hot(self, offset: int, length: int) -> bool:
+        """Present bytes that are in memory, as far as a look at their ends can tell."""
+        if not self.is_durable:
+            return True
+        if not self.takes_nowait:
+            return False
+        probe = bytearray(1)
+        try:
+            os.preadv(self.fd, [probe], offset, os.RWF_NOWAIT)
+            os.preadv(self.fd, [probe], offset + length - 1, os.RWF_NOWAIT)
+        except OSError:
+            return False
+        return True
+
     async def sync(self) -> bool:
         """fdatasync by the worker; False: its tier is not durable."""
         return await self.connection.call(worker_ops.SyncContainer(self.lock_id))

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 import pyfuse3
 
 from alluxiofuse.client.filesystem import FileSystem, OpenFile
+from alluxiofuse.client.reading import InSlab
 from alluxiofuse.errors import AlluxioFuseError, FsError
 from alluxiofuse.fuse.guard import Troubles, errno_of, guarded, guarded_by_inode
 from alluxiofuse.fuse.handles import REOPEN_FLAGS, DirHandle, FileHandle, HandleTable
@@ -23,6 +24,7 @@ from alluxiofuse.fuse.invalidation import Kernel
 from alluxiofuse.fuse.view import KernelView
 from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
 from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
+from alluxiofuse.rpc.base import Buffer
 from alluxiofuse.units import clamp_ns
 from alluxiofuse.wire.master_ops import RENAME_NOREPLACE
 from alluxiofuse.wire.types import SUPERUSER, Attr, Caller
@@ -353,6 +355,11 @@ class Operations(pyfuse3.Operations):
     @guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
         return await self.files.get(fh).file.read(off, size)  # type: ignore[return-value]  # a buffer
+
+    @guarded
+    async def read_in_place(self, fh: int, off: int, size: int) -> Buffer | InSlab:
+        """For sessions that can move bytes from a file to the kernel."""
+        return await self.files.get(fh).file.read_in_place(off, size)
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import logging
 import os
 import shutil
@@ -14,6 +15,8 @@ from contextlib import suppress
 
 from alluxiofuse.errors import UserError
 from alluxiofuse.fuse.mountopts import MountOptions
+from alluxiofuse.fuse.native import abi
+from alluxiofuse.fuse.native.abi import OUT_HEADER
 
 log = logging.getLogger("alluxiofuse.fuse")
 
@@ -32,6 +35,30 @@ _FUSERMOUNT_TIMEOUT_S = 30.0
 FSTYPE = "fuse.alluxiofuse"
 
 
+_GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
+_KERNEL_PAGE_BYTES = 4096
+
+
+def _make_pipe() -> tuple[int, int]:
+    """With room for the largest answer, or what may be had (CAP_SYS_RESOURCE is needed for over 1 MiB)."""
+    reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    for size in (2 * abi.MAX_WRITE, abi.MAX_WRITE):
+        with suppress(OSError):
+            fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, size)
+            break
+    return reader, writer
+
+
+def max_read_bytes() -> int:
+    """What an answer may hold so that it fits into a pipe together with its header, which takes a page
+    of it."""
+    pipe = _make_pipe()
+    size = fcntl.fcntl(pipe[1], fcntl.F_GETPIPE_SZ)
+    for end in pipe:
+        os.close(end)
+    return min(abi.MAX_WRITE, max(size - _KERNEL_PAGE_BYTES, 32 * _KERNEL_PAGE_BYTES))
+
+
 class Ended(Exception):
     """The kernel has let go of the connection: unmounted, or aborted."""
 
@@ -42,6 +69,8 @@ class Device:
     def __init__(self, fd: int) -> None:
         os.set_blocking(fd, False)
         self.fd = fd
+        self._pipe: tuple[int, int] | None = None
+        """Empty between two calls; None: not made yet."""
 
     def receive(self, buffer: bytearray) -> int:
         """How many bytes of `buffer` the next request fills; 0: there is none now. Ended."""
@@ -62,8 +91,33 @@ class Device:
         try:
             os.writev(self.fd, parts)
         except OSError as exc:
-            if exc.errno not in (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN):
+            if exc.errno not in _GONE:
                 raise
+
+    def send_from(self, unique: int, fd: int, offset: int, length: int) -> bool:
+        """An answer whose payload are bytes of a file, which the kernel moves without our touching them.
+        False: it was not sent (use `send`); OSError as of reading. May wait for the file's disk."""
+        if self._pipe is None:
+            self._pipe = _make_pipe()
+        reader, writer = self._pipe
+        try:
+            os.write(writer, OUT_HEADER.pack(16 + length, 0, unique))
+            if os.splice(fd, writer, length, offset_src=offset) == length:
+                os.splice(reader, self.fd, 16 + length)
+                return True
+        except OSError as exc:
+            if exc.errno in _GONE:
+                return True
+            self._drop_pipe()
+            raise
+        self._drop_pipe()
+        return False
+
+    def _drop_pipe(self) -> None:
+        """With whatever is in it."""
+        pipe, self._pipe = self._pipe, None
+        for end in pipe or ():
+            os.close(end)
 
     def notify(self, message: bytes) -> None:
         """May wait in the kernel for requests on the same inode: never in the thread that answers.
@@ -72,6 +126,7 @@ class Device:
 
     def close(self) -> None:
         """If nobody else has it, the mount is dead from now on."""
+        self._drop_pipe()
         fd, self.fd = self.fd, -1
         if fd >= 0:
             os.close(fd)
@@ -101,7 +156,14 @@ def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str) -> int:
         names = given | ({"ro"} if options.is_readonly else set())
         names |= {no for no, yes in (("nosuid", "suid"), ("nodev", "dev")) if yes not in given}
         flags = sum(_MS[name] for name in names if name in _MS)
-        data = [f"fd={fd}", f"rootmode={mode & 0o170000:o}", "user_id=0", "group_id=0", "default_permissions"]
+        data = [
+            f"max_read={max_read_bytes()}",
+            f"fd={fd}",
+            f"rootmode={mode & 0o170000:o}",
+            "user_id=0",
+            "group_id=0",
+            "default_permissions",
+        ]
         if options.is_allowed_for_others:
             data.append("allow_other")
         libc = ctypes.CDLL(None, use_errno=True)
@@ -128,6 +190,7 @@ def _mount_by_helper(mountpoint: str, options: MountOptions, fsname: str) -> int
         raise UserError(f"cannot mount at {mountpoint}: not root, and fusermount3 is not installed")
     escaped = fsname.replace("\\", "\\\\").replace(",", "\\,")
     words = ["default_permissions", "subtype=alluxiofuse", f"fsname={escaped}", *options.kernel]
+    words.append(f"max_read={max_read_bytes()}")
     words += ["ro"] * options.is_readonly + ["allow_other"] * options.is_allowed_for_others
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from alluxiofuse.client.reading import InSlab
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Fattr, Fopen, Op
 from alluxiofuse.fuse.native.messages import Listing, Request
@@ -17,8 +18,10 @@ from alluxiofuse.fuse.operations import Operations
 log = logging.getLogger("alluxiofuse.fuse")
 
 Buffer = bytes | bytearray | memoryview
-Payload = Buffer | None
+Payload = Buffer | InSlab | None
 """None: no answer at all."""
+SPLICE_BYTES = 64 << 10
+"""Smaller reads are copied: that is cheaper than three system calls."""
 Handler = Callable[[Request], Awaitable[Payload]]
 
 
@@ -244,7 +247,9 @@ class Dispatcher:
         return abi.OPEN_OUT.pack(info.fh, answer, 0)
 
     async def _read(self, r: Request) -> Payload:
-        data: Buffer = await self._ops.read(r.fields[0], r.fields[1], r.fields[2])
+        fh, offset, size = r.fields[:3]
+        read = self._ops.read_in_place if size >= SPLICE_BYTES else self._ops.read
+        data: Buffer | InSlab = await read(fh, offset, size)
         return data
 
     async def _write(self, r: Request) -> Payload:
