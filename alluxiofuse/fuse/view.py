@@ -38,8 +38,8 @@ class _Known:
 
     def __init__(self) -> None:
         self.lookups = 0
-        self.told: Attr | None = None
-        """The last attributes that it was given."""
+        self.told = 0
+        """`version` of the last attributes that it was given."""
         self.cache_s = 0.0
         self.size = 0
         """As the kernel has it: as it was last told, and its own writes."""
@@ -80,7 +80,7 @@ class KernelView:
         """The kernel may go on believing other attributes than these, or these are not to be believed
         for any time (being written)."""
         known = self._known.get(attr.ino)
-        return known is not None and (attr.home != 0 or known.told != attr)
+        return known is not None and (attr.home != 0 or known.told != version(attr))
 
     def is_mapped_write(self, ino: int, offset: int) -> bool:
         """A write by a handle with O_APPEND that is not to the end: the kernel writes pages of shared
@@ -131,7 +131,7 @@ class KernelView:
         known = self._known.get(attr.ino)
         if known is None:
             known = self._known[attr.ino] = _Known()
-        known.told = attr
+        known.told = version(attr)
         known.cache_s = attr.cache_s
         known.size = attr.size
         return known
@@ -249,10 +249,15 @@ class Listing:
         known = self._known.get(attr.ino)
         if known is None:
             known = self._known[attr.ino] = _Known()
-        known.container = attr.container
+        known.told = version(attr)
         known.cache_s = attr.cache_s
         known.size = attr.size
         known.lookups += 1
+
+
+def version(attr: Attr) -> int:
+    """Tells attributes of an inode apart: whatever changes in them moves one of these."""
+    return hash((attr.container, attr.size, attr.mtime_ns, attr.ctime_ns))
 
 
 def fill(out: pyfuse3.EntryAttributes, attr: Attr, entry_s: float, attr_s: float) -> None:
