@@ -11,12 +11,15 @@ S3_ENDPOINT ?=
 RUN_ARGS ?=
 TEST_ARGS ?=
 BENCH_ARGS ?= /tmp
+FAULTS_KILLS ?= 200
+FAULTS_OPERATIONS ?= 100000
+FAULTS_POWER_CUTS ?= 100
 
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.cfg pyproject.toml constraints.txt scripts/install
 
-.PHONY: run test check bench mount-helper clean help
+.PHONY: run test test-faults check bench mount-helper clean help
 
 # Moved or copied with its environment, which has the old path in it: install again.
 ifneq ($(filter-out $(CURDIR),$(shell cat $(VENV)/.place 2>/dev/null)),)
@@ -30,6 +33,12 @@ run: $(VENV)/.installed-run
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(TEST_ARGS)
+
+# Kills, cut-offs and failing parts, for hours instead of a minute; FAULTS_KILLS=20 and so on for less.
+test-faults: $(VENV)/.installed-test
+	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
+	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) \
+		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults $(TEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
@@ -59,6 +68,7 @@ clean:
 help:
 	@echo 'make run [UFS=dir|s3://bucket/prefix] [S3_ENDPOINT=url] [MOUNT=dir] [STATE=dir]   mount it, until Ctrl-C'
 	@echo 'make test [TEST_ARGS=...]    all tests, with real FUSE mounts and a real S3 server'
+	@echo 'make test-faults             kills, cut-offs and failing parts, hundreds of each'
 	@echo 'make check                   ruff, mypy --strict, the layering test'
 	@echo 'make bench BENCH_ARGS="dir dir..."   measure directories side by side'
 	@echo 'make mount-helper            let mount(8) and /etc/fstab find it (as root)'

@@ -345,6 +345,8 @@ class Content:
         tx.after_commit(partial(self._sessions.clear_writers, ino, container))
         tx.after_commit(partial(self._workers.drop_container, container, home))
         tx.after_commit(lambda: self._tell(ino))
+        # What it lacks in the under storage waited for the end of this writing.
+        tx.after_commit(partial(self._persist_log.touch, ino))
 
     def _tell(self, ino: int) -> None:
         self._events.publish(0, Event(EVENT_DATA, ino))

@@ -150,6 +150,21 @@ def test_appends_of_both_are_whole(with_clients: Callable[[Test], None]) -> None
     with_clients(test)
 
 
+def test_a_time_that_is_set_while_the_other_writes(with_clients: Callable[[Test], None]) -> None:
+    async def test(one: Client, two: Client) -> None:
+        file = await one.create(b"f")
+        await file.write(0, b"before")
+        await two.fs.setattr(ROOT, file.ino, mtime_ns=12345)
+        assert (await two.fs.getattr(file.ino)).mtime_ns == 12345
+        await file.write(6, b" and after")
+        shown = await two.fs.getattr(file.ino)
+        assert (shown.size, shown.mtime_ns > 12345) == (16, True)
+        await file.flush()
+        await file.release()
+
+    with_clients(test)
+
+
 def test_unlinked_by_the_other_while_open(with_clients: Callable[[Test], None]) -> None:
     async def test(one: Client, two: Client) -> None:
         await one.put(b"f", b"still here")

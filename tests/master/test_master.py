@@ -20,6 +20,8 @@ from alluxiofuse.rpc.base import Peer
 from alluxiofuse.rpc.service import HandlerTable
 from alluxiofuse.wire.master_ops import (
     CloseSession,
+    CommitContent,
+    Create,
     Link,
     Lookup,
     Mkdir,
@@ -278,5 +280,21 @@ def test_a_first_start_that_fails_leaves_nothing_to_mind(tmp_path: Path) -> None
         (tmp_path / "ufs").mkdir()
         Master(MasterConfig(state_dir=str(state), ufs=str(tmp_path / "ufs"))).close()
         assert stat.S_IMODE(state.stat().st_mode) == 0o700
+
+    run(test)
+
+
+def test_a_new_file_whose_writing_is_given_up_is_persisted_empty(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with running(tmp_path) as r:
+            session, worker = r.client.session_id, r.worker.worker_id
+            made = await r.connection.call(Create(KERNEL, session, ROOT_INO, b"f", 0o644, True, worker))
+            await r.client.write(ROOT_INO, b"later", b"data")
+            await until((r.ufs / "later").exists)  # So the persister has seen f, which is being written.
+            assert not (r.ufs / "f").exists()
+            ino, container = made.attr.ino, made.layout.container
+            await r.connection.call(CommitContent(session, ino, container, 0, 0, False, is_abandoned=True))
+            await until((r.ufs / "f").exists)
+            r.validate()
 
     run(test)
