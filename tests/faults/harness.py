@@ -21,11 +21,10 @@ from pathlib import Path
 
 from daemons import Site
 from kinds import Fault
-from oracle import Found, Op
+from oracle import DIRECTORY, Found, Op, parent_of
 from player import Acknowledged, FaultFailure, Player
 from servers import wait_until
 from stores import Store
-from workload import Limits
 
 STORE_CHECK_ROUNDS = 8
 SETTLE_TIMEOUT_S = 120.0
@@ -50,7 +49,6 @@ class Harness:
         seed: int,
         *,
         players_per_mount: int = 2,
-        limits: Limits | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         """`mounts`: FUSE mounts of one namespace, mounted. Use as a context manager, or `close` it."""
@@ -67,7 +65,7 @@ class Harness:
             mount = self.mounts[number % len(self.mounts)]
             name = f"actor{number}-{seed:x}"
             (mount / name).mkdir()
-            self.players.append(Player(name, number + 1, mount, self._acknowledged, limits or Limits()))
+            self.players.append(Player(name, number + 1, mount, self._acknowledged))
 
     def __enter__(self) -> Harness:
         return self
@@ -142,6 +140,8 @@ class Harness:
     def check(self) -> None:
         """Every tree, through every mount. Outcomes that were unknown are known then."""
         for player in self.players:
+            if self._store.has_phantoms:
+                self._remove_phantoms(player)
             found = player.scan()
             self._judge(player, found)
             player.world.accept(found)
@@ -164,6 +164,18 @@ class Harness:
         raise FaultFailure(
             f"{player.name} on {player.mount}:\n" + "\nor else:\n".join(wrongs) + "\n" + player.story(*paths)
         )
+
+    def _remove_phantoms(self, player: Player) -> None:
+        """Directories that should not be there and have nothing in them but such directories."""
+        found = player.scan()
+        needed = {path for world in player.worlds for path in world.names}
+        needed |= {path for path, one in found.items() if one.kind != DIRECTORY}
+        for path in list(needed):
+            while path := parent_of(path):
+                needed.add(path)
+        for path in sorted(found.keys() - needed, reverse=True):
+            self.counts["phantoms"] += 1
+            player.ask("do", Op("rmdir", path))
 
     def _wait_same(self, player: Player, mount: Path) -> None:
         """Names and attributes on another mount follow; what is wrong there stays wrong."""

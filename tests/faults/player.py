@@ -17,7 +17,7 @@ from typing import Any
 
 from actor import receive, send
 from oracle import Found, Op, World, content_differences
-from workload import Limits, Workload
+from workload import Workload
 
 ANSWER_TIMEOUT_S = 240.0
 UNCERTAIN = {errno.EIO, errno.ENOTCONN, errno.ECONNABORTED}
@@ -56,9 +56,7 @@ class Player:
     """Changes the directory `name` of a FUSE mount, which nobody else does. `play` runs in a thread
     of its own; everything else is called while it does not."""
 
-    def __init__(
-        self, name: str, number: int, mount: Path, acknowledged: Acknowledged, limits: Limits
-    ) -> None:
+    def __init__(self, name: str, number: int, mount: Path, acknowledged: Acknowledged) -> None:
         self.name = name
         self.mount = mount
         self.worlds = [World(number)]
@@ -69,7 +67,6 @@ class Player:
         """A fault may have met what was not made durable, and explains errors."""
         self.failure: BaseException | None = None
         self._acknowledged = acknowledged
-        self._limits = limits
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._process = subprocess.Popen(
@@ -143,7 +140,7 @@ class Player:
 
     def _run(self, dice: random.Random) -> None:
         try:
-            workload = Workload(self.world, dice, self._limits)
+            workload = Workload(self.world, dice)
             while not self._stop.is_set() and self.do(workload.next()):
                 self._acknowledged.add()
         except BaseException as exc:

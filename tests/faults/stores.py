@@ -14,6 +14,10 @@ from servers import SeaweedS3
 
 
 class Store(Protocol):
+    has_phantoms: bool
+    """A directory that is gone may be seen again for a while, without files: SeaweedFS lists a prefix for
+    40 s and more after its last key was deleted (docs/ufs.md)."""
+
     def differences(self, tree: dict[str, Found]) -> list[str]:
         """From a scan of the FUSE mount, leftovers included."""
         ...
@@ -36,6 +40,8 @@ def missing(tree: dict[str, Found], stored: set[str], kinds: set[str]) -> list[s
 
 
 class DirectoryStore:
+    has_phantoms = False
+
     def __init__(self, top: Path) -> None:
         self._top = top
 
@@ -61,6 +67,8 @@ def _about(one: Found) -> tuple[object, ...]:
 
 class BucketStore:
     """Files and nothing else are objects."""
+
+    has_phantoms = True
 
     def __init__(self, server: SeaweedS3, bucket: str) -> None:
         self._client: Any = server.client()
