@@ -7,6 +7,7 @@ may be sized by RAM. Both `InodeRecord.container` and, while the file is open fo
 
 from __future__ import annotations
 
+from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 
 _PREFIX = b"c"
@@ -38,9 +39,15 @@ def inode_of_container(source: Store | Transaction, container: int) -> int | Non
 def owner(source: Store | Transaction, container: int) -> int | None:
     """Like `inode_of_container`, but believed only when the inode itself confirms that it is its
     content, or, while it is open for writing, its base."""
+    found = owner_record(source, container)
+    return None if found is None else found[0]
+
+
+def owner_record(source: Store | Transaction, container: int) -> tuple[int, InodeRecord] | None:
+    """`owner`, with its record."""
     ino = inode_of_container(source, container)
     record = None if ino is None else source.inode(ino)
-    if record is None:
+    if ino is None or record is None:
         return None
     is_base = record.home != 0 and record.base_container == container
-    return ino if record.container == container or is_base else None
+    return (ino, record) if record.container == container or is_base else None

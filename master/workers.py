@@ -15,7 +15,7 @@ import trio
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError
 from alluxiofuse.master.clock import Clock
-from alluxiofuse.master.containers import new_container, owner
+from alluxiofuse.master.containers import new_container, owner_record
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.wire.master_ops import (
     BlocksAccepted,
@@ -48,7 +48,8 @@ GATHER_S = 0.01
 
 @dataclass(slots=True)
 class Worker:
-    """One registration. `blocks` grows while the full report comes in; alive once that is complete."""
+    """One registration. `blocks` grows while the full report comes in; alive once all that is dirty is
+    known."""
 
     address: WorkerAddress
     tiers: list[Tier]
@@ -57,10 +58,12 @@ class Worker:
     seen_at_s: float
     """Of the monotonic clock."""
     is_ready: bool = False
+    is_complete: bool = False
+    """The clean containers are known too."""
     dirty_bytes: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     blocks: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
-    """Container -> (bitmap of complete blocks, is dirty)."""
+    """Container -> (bitmap of complete blocks, is dirty). A million small files: 75 MB a worker."""
     block_count: int = 0
     to_free: dict[int, None] = field(default_factory=dict)
     to_clean: dict[int, None] = field(default_factory=dict)
@@ -81,7 +84,7 @@ class Worker:
         if old is not None:
             self.block_count -= _count(old[0])
         if any(report.blocks):
-            self.blocks[report.container] = (report.blocks, report.is_dirty)
+            self.blocks[report.container] = _shared(report.blocks, report.is_dirty)
             self.block_count += _count(report.blocks)
 
 
@@ -171,7 +174,7 @@ class WorkerRegistry:
             if is_dirty or worker_id == also:
                 worker.to_clean[container] = None
                 if blocks:
-                    worker.blocks[container] = (blocks, False)
+                    worker.blocks[container] = _shared(blocks, False)
                 worker.has_commands.set()
 
     # --- commands ----------------------------------------------------------------------------------
@@ -234,6 +237,7 @@ class WorkerRegistry:
         if request.is_last and not worker.is_ready:
             worker.is_ready = True
             self._tell(self.on_ready, request.worker_id)
+        worker.is_complete = worker.is_complete or (request.is_last and not request.has_more)
         return BlocksAccepted(unknown, clean)
 
     def heartbeat(self, request: WorkerHeartbeat) -> Nothing:
@@ -286,10 +290,10 @@ class WorkerRegistry:
         if not any(report.blocks):
             worker.put_report(report)
             return False
-        ino = owner(self._store, report.container)
-        record = None if ino is None else self._store.inode(ino)
-        if record is None:
+        found = owner_record(self._store, report.container)
+        if found is None:
             return None
+        record = found[1]
         is_clean = report.is_dirty and record.is_in_ufs and record.ufs_container == report.container
         worker.put_report(BlockReport(report.container, report.blocks, report.is_dirty and not is_clean))
         return is_clean
@@ -303,7 +307,8 @@ class WorkerRegistry:
         if not self.is_alive(worker_id):
             return True
         worker = self._workers[worker_id]
-        return container not in worker.blocks and container < worker.known_containers
+        is_known = worker.is_complete and container < worker.known_containers
+        return is_known and container not in worker.blocks
 
     def was_heard_lately(self, worker_id: int) -> bool:
         """It may be given new content; what can do without it need not wait for it."""
@@ -353,6 +358,15 @@ class WorkerRegistry:
     def _tell(callbacks: list[Callable[[int], None]], worker_id: int) -> None:
         for callback in callbacks:
             callback(worker_id)
+
+
+_SMALL: dict[tuple[bytes, bool], tuple[bytes, bool]] = {}
+"""What most containers have, files of up to 8 blocks: once, not a million times."""
+
+
+def _shared(blocks: bytes, is_dirty: bool) -> tuple[bytes, bool]:
+    value = (blocks, is_dirty)
+    return _SMALL.setdefault(value, value) if len(blocks) <= 1 else value
 
 
 def _count(bitmap: bytes) -> int:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from alluxiofuse.ids import PAGE_BYTES
+from alluxiofuse.ids import DEFAULT_BLOCK_BYTES, PAGE_BYTES
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab, round_up
 from alluxiofuse.worker.tiers import Directory, Tiers
 
@@ -32,6 +32,11 @@ def writing_charge(granted_end: int, islands: int) -> int:
     costs once it is sealed is never more, as long as the page in which the granted end lies is the
     file's last."""
     return round_up(granted_end) + islands.bit_count() * PAGE_BYTES
+
+
+def order_key(slab: Slab, block: int) -> Slab | tuple[Slab, int]:
+    """In `Directory.order`. A clean slab keeps its size, so it keeps its keys."""
+    return (slab, block) if slab.size > DEFAULT_BLOCK_BYTES else slab
 
 
 class Accounts:
@@ -96,8 +101,9 @@ class Accounts:
         """These pages were used now."""
         order = slab.directory.order
         for block in {page // BLOCK_PAGES for page in pages}:
-            if (slab, block) in order:
-                order.move_to_end((slab, block))
+            key = order_key(slab, block)
+            if key in order:
+                order.move_to_end(key)
 
     def touch_all(self, slab: Slab) -> None:
         self.touch(slab, range(0, slab.page_count, BLOCK_PAGES))
@@ -110,13 +116,14 @@ class Accounts:
         first = ((pages & -pages).bit_length() - 1) // BLOCK_PAGES if pages else 0
         for block in range(first, -(-len(raw) // step)):
             if any(raw[block * step : (block + 1) * step]):
-                order[slab, block] = None
-                order.move_to_end((slab, block))
+                key = order_key(slab, block)
+                order[key] = None
+                order.move_to_end(key)
 
     def delist(self, slab: Slab) -> None:
         order = slab.directory.order
         for block in range(slab.block_count):
-            order.pop((slab, block), None)
+            order.pop(order_key(slab, block), None)
         slab.directory.dirty.pop(slab, None)
 
     def count_dirty(self, slab: Slab, state: int) -> None:

@@ -62,7 +62,8 @@ class Planner:
         steps so far stay: they free what can be freed)."""
         if needed_bytes > directory.limit_bytes:
             return False
-        for slab, block in directory.order:
+        for key in directory.order:
+            slab, block = key if isinstance(key, tuple) else (key, 0)
             if self.free(directory) >= needed_bytes:
                 return True
             if slab not in self._taken and may_drop(slab):

@@ -22,6 +22,7 @@ import struct
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import msgspec
 from rocksdict import Options, Rdict, WriteBatch
@@ -277,15 +278,14 @@ class Index:
         self._db.close()
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
-        iterator = self._db.iter()
-        iterator.seek(prefix)
-        while iterator.valid():
-            key = iterator.key()
-            if not key.startswith(prefix):
+        last: Any = prefix
+        for last, value in self._db.items(from_key=prefix):
+            if not last.startswith(prefix):
                 return
-            yield key[len(prefix) :], iterator.value()
-            iterator.next()
+            yield last[len(prefix) :], value
         try:
+            iterator = self._db.iter()
+            iterator.seek(bytes(last) + b"\x00")
             iterator.status()  # never a scan that just ends early
         except Exception as exc:  # rocksdict raises bare Exception
             raise self._unreadable(exc) from None

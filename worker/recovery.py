@@ -6,14 +6,16 @@ directory named twice are UserErrors before anything is written.
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
-from alluxiofuse.ids import page_count, page_length
+from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.worker import layout
 from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import data_pages, is_zero
@@ -24,6 +26,9 @@ from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.tiers import Directory, Tiers
 
 log = logging.getLogger(__name__)
+
+FREEZE_FROM = 10_000
+"""Slabs, from which on the garbage collector is told not to look at what is there at the start."""
 
 
 @dataclass
@@ -116,6 +121,20 @@ def _forget(index: Index, container: int, record: SlabRecord) -> None:
 
 
 def load(slabs: Slabs) -> None:
+    """`_load` without the garbage collector, which would look at a million slabs again and again while
+    there come more, and later: they are not garbage and refer to none."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        _load(slabs)
+        if len(slabs.by_container) > FREEZE_FROM:
+            gc.freeze()
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def _load(slabs: Slabs) -> None:
     """Fill an empty table from the index and the files. Blocks for the listing of the slab folders.
 
     Records of directories that are not configured now stay in the index when they are dirty, and
@@ -128,7 +147,7 @@ def load(slabs: Slabs) -> None:
         for directory in slabs.tiers.directories
     }
     loaded: list[tuple[int, Slab]] = []
-    for container, record in list(index.records()):
+    for container, record in index.records():
         directory = by_id.get(record.directory)
         if directory is None:
             counters["records_elsewhere"] += 1
@@ -156,7 +175,7 @@ def load(slabs: Slabs) -> None:
         for container in left:
             os.unlink(slab_path(by_id[directory_id].root, container))
             counters["removed_unknown_slabs"] += 1
-    loaded.sort(key=lambda item: item[0])
+    loaded.sort(key=itemgetter(0))
     for _, slab in loaded:
         slabs.adopt(slab)
 
@@ -164,9 +183,11 @@ def load(slabs: Slabs) -> None:
 def _slab(index: Index, container: int, record: SlabRecord, directory: Directory) -> Slab:
     slab = Slab(container, record.size, directory, record.state)
     slab.checksum = record.checksum
-    if slab.page_count <= 1:
+    if record.size <= PAGE_BYTES:
         slab.present = slab.all_pages if record.is_present else 0
         slab.zeros = slab.present if slab.present and is_zero(record.checksum, record.size) else 0
+        if record.state == CLEAN and not slab.zeros:
+            return slab
     else:
         slab.present, slab.zeros = index.presence(container)
         slab.present &= slab.all_pages

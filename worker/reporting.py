@@ -31,6 +31,7 @@ from alluxiofuse.wire.types import (
     PersistCommand,
     WorkerAddress,
 )
+from alluxiofuse.worker.slab import CLEAN
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.uploads import Outcome, Uploads
 
@@ -40,6 +41,8 @@ MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 POLL_S = 30.0
 REPORTS_PER_CALL = 5000
+REPORT_PAUSE_S = 0.05
+"""Between calls that report clean containers: each keeps the master from others for some 20 ms."""
 MAX_PERSIST_TASKS = 256
 """Persist commands accepted at once; no more commands are polled for while there are so many."""
 
@@ -70,13 +73,15 @@ class Reporter:
         self._heartbeat_s = 1.0
         self._registered = trio.Event()
         """Set while registered; replaced when the registration ends."""
+        self._clean_left: list[int] = []
+        """Clean containers that the master has not been told of since the registration."""
         self._persisting = trio.CapacityLimiter(MAX_PERSIST_TASKS)
         self._was_registered = False
         """Ever, in this life."""
         self._nursery: trio.Nursery | None = None
 
     async def wait_registered(self) -> None:
-        """Until the master has this worker's full report."""
+        """Until the master knows this worker, and all that is dirty or open for writing in it."""
         while not self._registered.is_set():
             await self._registered.wait()
 
@@ -112,15 +117,33 @@ class Reporter:
         )
         me.address.worker_id, me.epoch = granted.worker_id, granted.epoch
         self._heartbeat_s = max(0.01, granted.heartbeat_s)
-        self._slabs.changed.clear()
-        containers = list(self._slabs.by_container)
-        for at in range(0, max(1, len(containers)), REPORTS_PER_CALL):
-            part = containers[at : at + REPORTS_PER_CALL]
-            reports = [self._slabs.report(container) for container in part]
-            is_last = at + REPORTS_PER_CALL >= len(containers)
-            accepted = await self._master.call(ReportBlocks(me.address.worker_id, me.epoch, reports, is_last))
-            self._free(accepted.unknown, keep_dirty=False)
-            self._clean(accepted.clean)
+        slabs = self._slabs
+        slabs.changed.clear()
+        urgent = [slab.container for slab in slabs.by_container.values() if slab.state != CLEAN]
+        known = set(urgent)
+        self._clean_left = [container for container in slabs.by_container if container not in known]
+        for at in range(0, max(1, len(urgent)), REPORTS_PER_CALL):
+            part = urgent[at : at + REPORTS_PER_CALL]
+            await self._report(part, is_last=at + REPORTS_PER_CALL >= len(urgent))
+
+    async def _report(self, containers: list[int], *, is_last: bool) -> None:
+        me = self._identity
+        reports = [self._slabs.report(container) for container in containers]
+        has_more = bool(self._clean_left)
+        request = ReportBlocks(me.address.worker_id, me.epoch, reports, is_last, has_more)
+        accepted = await self._master.call(request)
+        self._free(accepted.unknown, keep_dirty=False)
+        self._clean(accepted.clean)
+
+    async def _report_clean(self) -> None:
+        """The rest of the full report. What a million cached files are takes seconds to tell, and
+        nobody has to wait for it: a reader finds out at the worker itself. What changes meanwhile is
+        told by the heartbeats as well, in whichever order: always what is there at that moment."""
+        while left := self._clean_left:
+            part = left[-REPORTS_PER_CALL:]
+            del left[-REPORTS_PER_CALL:]
+            await self._report(part, is_last=True)
+            await trio.sleep(REPORT_PAUSE_S)
 
     # --- while registered -------------------------------------------------------------------------
 
@@ -138,6 +161,7 @@ class Reporter:
         async with trio.open_nursery() as nursery:
             nursery.start_soon(guarded, self._heartbeats)
             nursery.start_soon(guarded, self._commands)
+            nursery.start_soon(guarded, self._report_clean)
         raise failures[0]
 
     async def _heartbeats(self) -> None:

@@ -22,7 +22,7 @@ from alluxiofuse.errors import StaleError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.wire.types import BlockReport, OrphanSeal
 from alluxiofuse.worker import checksums
-from alluxiofuse.worker.accounts import Accounts, joined, writing_charge
+from alluxiofuse.worker.accounts import Accounts, joined, order_key, writing_charge
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits, is_zero, mask_runs
 from alluxiofuse.worker.fds import Descriptors
 from alluxiofuse.worker.index import Index, SlabRecord
@@ -156,6 +156,14 @@ class Slabs(Accounts):
         those adopted so far."""
         self.by_container[slab.container] = slab
         slab.is_renamed = True  # Perhaps.
+        if slab.state == CLEAN and slab.present == 1 and not slab.zeros:
+            # Most of a million; the same as below, in a fifth of the time.
+            directory = slab.directory
+            slab.charged = slab.evictable = slab.cost_of(1)
+            directory.used += slab.charged
+            directory.evictable += slab.charged
+            directory.order[order_key(slab, 0)] = None
+            return
         if slab.state == CLEAN:
             self.enlist(slab, slab.present)
         elif slab.state == DIRTY:
@@ -231,7 +239,7 @@ class Slabs(Accounts):
             checksums.punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
         for block in {page // BLOCK_PAGES for page in bits(pages)}:
             if not slab.block_pages(block) & slab.present:
-                slab.directory.order.pop((slab, block), None)
+                slab.directory.order.pop(order_key(slab, block), None)
         self.changed[slab.container] = None
         self.account(slab)
 

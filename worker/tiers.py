@@ -38,8 +38,9 @@ class Directory:
         """The part of `used` for slabs that are being moved here."""
         self.evictable = 0
         """The part of `used` of clean slabs that nobody uses."""
-        self.order: OrderedDict[tuple[Slab, int], None] = OrderedDict()
-        """(slab, block) of all clean blocks, least recently used first; slabs in use included."""
+        self.order: OrderedDict[Slab | tuple[Slab, int], None] = OrderedDict()
+        """All clean blocks, least recently used first, slabs in use included: (slab, block), or just the
+        slab when it has one block only (70 bytes less for each of a million small files)."""
         self.dirty: OrderedDict[Slab, None] = OrderedDict()
         """Sealed dirty slabs, oldest first: they can be moved, not dropped."""
 

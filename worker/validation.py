@@ -7,7 +7,7 @@ from pathlib import Path
 
 from alluxiofuse.errors import StateError
 from alluxiofuse.ids import page_length
-from alluxiofuse.worker.accounts import writing_charge
+from alluxiofuse.worker.accounts import order_key, writing_charge
 from alluxiofuse.worker.checksums import bits, is_zero, mask_of, page_checksums
 from alluxiofuse.worker.layout import stored_slabs
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab
@@ -55,7 +55,10 @@ def _check_directories(slabs: Slabs) -> None:
         if directory.used > directory.quota_bytes:
             raise StateError(f"{directory.root}: {directory.used} of {directory.quota_bytes} used")
         blocks = {
-            (slab, page // BLOCK_PAGES) for slab in mine if slab.state == CLEAN for page in bits(slab.present)
+            order_key(slab, page // BLOCK_PAGES)
+            for slab in mine
+            if slab.state == CLEAN
+            for page in bits(slab.present)
         }
         _same(f"order of {directory.root}", set(directory.order), blocks)
         _same(f"dirty of {directory.root}", set(directory.dirty), {s for s in mine if s.state == DIRTY})

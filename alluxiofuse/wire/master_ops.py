@@ -548,8 +548,8 @@ class MasterReport(Message):
 
 
 class RegisterWorker(Request["Registration"]):
-    """A worker introduces itself; it then reports all its blocks (`ReportBlocks`, in chunks, the
-    last with `is_last`) and is alive from there on."""
+    """A worker introduces itself; it then reports all its blocks (`ReportBlocks`, in chunks). With
+    `is_last` it is alive."""
 
     OP: ClassVar[str] = "master.register_worker"
     worker_uuid: Annotated[str, Meta(min_length=8, max_length=64)]
@@ -573,6 +573,9 @@ class ReportBlocks(Request["BlocksAccepted"]):
     epoch: Id
     reports: Annotated[list[BlockReport], Meta(max_length=10_000)]
     is_last: bool
+    has_more: bool = False
+    """With `is_last`: all that is dirty or open for writing was reported, clean containers follow in
+    further calls, while the worker is alive already."""
 
 
 class BlocksAccepted(Message):

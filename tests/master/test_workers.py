@@ -12,7 +12,7 @@ from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import SessionExpiredError, UnavailableError
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.master.clock import Clock
-from alluxiofuse.master.containers import give_container
+from alluxiofuse.master.containers import give_container, new_container
 from alluxiofuse.master.format import ensure_formatted
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.workers import HOME_HEARTBEATS, WorkerRegistry
@@ -112,6 +112,24 @@ def test_alive_after_the_full_report(tmp_path: Path) -> None:
         assert cluster.registry.holders(5) == [grant.worker_id]
         info = cluster.registry.infos()[0]
         assert (info.is_alive, info.container_count, info.block_count) == (True, 1, 3)
+
+    run(test, tmp_path)
+
+
+def test_alive_while_clean_containers_are_still_reported(tmp_path: Path) -> None:
+    async def test(cluster: Cluster) -> None:
+        cluster.file(5)
+        while new_container(cluster.store) < 9:
+            pass
+        grant = cluster.register("1")
+        report, worker_id = cluster.registry.report_blocks, grant.worker_id
+        report(ReportBlocks(worker_id, grant.epoch, [BlockReport(5, b"\1", True)], True, has_more=True))
+        assert cluster.registry.is_alive(worker_id)
+        assert cluster.registry.holders(5) == [worker_id]
+        assert not cluster.registry.is_away(worker_id, 4), "nobody knows yet"
+        report(ReportBlocks(worker_id, grant.epoch, [BlockReport(7, b"\1", False)], True))
+        assert cluster.registry.is_away(worker_id, 4)
+        assert not cluster.registry.is_away(worker_id, 5)
 
     run(test, tmp_path)
 

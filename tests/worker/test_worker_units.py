@@ -13,7 +13,7 @@ from worker_world import MB, eventually, pattern, running, trio_test
 from alluxiofuse.errors import UnavailableError, UserError
 from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.wire.worker_ops import WorkerReport
-from alluxiofuse.worker import checksums
+from alluxiofuse.worker import checksums, reporting
 from alluxiofuse.worker.checksums import ZERO_PAGE
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.readahead import GROWTH, ReadAhead
@@ -149,6 +149,28 @@ async def test_unknown_and_clean_containers_at_registration(tmp_path: Path) -> N
         await world.worker.wait_registered()
         assert one not in world.slabs.by_container
         assert world.slabs.by_container[two].state == CLEAN
+
+
+@trio_test
+async def test_what_only_this_worker_has_is_reported_first(tmp_path: Path) -> None:
+    """A million cached files take seconds to report; a worker is registered before."""
+    async with running(tmp_path) as world:
+        for number in range(7):
+            await world.read_all(100 + number, world.ufs_file(f"f{number}", pattern(10)))
+        dirty, _ = await world.write_new(pattern(100))
+        await world.begin(999, 0)
+        master = world.master
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "REPORTS_PER_CALL", 3)
+        async with running(tmp_path, master=master) as world:
+            await world.worker.wait_registered()
+            first = master.reports[0]
+            assert {report.container for report in first.reports} == {dirty, 999}
+            assert all(report.is_dirty for report in first.reports)
+            assert (first.is_last, first.has_more) == (True, True)
+            await eventually(lambda: not master.reports[-1].has_more, "the rest is reported")
+            assert [len(request.reports) for request in master.reports] == [2, 3, 3, 1]
+            assert set(master.blocks) == {dirty, 999, *range(100, 107)}
 
 
 @trio_test

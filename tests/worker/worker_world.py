@@ -90,6 +90,8 @@ class TinyMaster(Service):
         self.blocks: dict[int, BlockReport] = {}
         self.seals: list[OrphanSeal] = []
         self.done: list[PersistDone] = []
+        self.reports: list[ReportBlocks] = []
+        """Of the newest registration."""
         self.unknown: list[int] = []
         self.clean: list[int] = []
         self.beats = 0
@@ -137,9 +139,11 @@ class TinyMaster(Service):
 
     def _register(self, request: RegisterWorker) -> Registration:
         self.epoch += 1
+        self.reports.clear()
         return Registration(7, self.epoch, 0.02)
 
     def _report(self, request: ReportBlocks) -> BlocksAccepted:
+        self.reports.append(request)
         self._take(request.reports)
         here = {report.container for report in request.reports}
         return BlocksAccepted(
