@@ -10,6 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
+from collections import OrderedDict
 from collections.abc import Callable
 
 import trio
@@ -85,7 +86,7 @@ class Persister:
         self._uploads: dict[int, Upload] = {}
         self._upload_of: dict[int, int] = {}
         """Inode -> task id."""
-        self._ended_tasks: dict[int, None] = {}
+        self._ended_tasks: OrderedDict[int, None] = OrderedDict()
         """Tasks that surely write no more, though it is not known what they wrote; newest last."""
         self._cancel_until_s: dict[int, float] = {}
         """Tasks of an earlier life that were told to stop."""
@@ -448,7 +449,7 @@ class Persister:
         self._ended_tasks[task_id] = None
         self._cancel_until_s.pop(task_id, None)
         if len(self._ended_tasks) > MAX_KEYS:
-            del self._ended_tasks[next(iter(self._ended_tasks))]
+            self._ended_tasks.popitem(last=False)
 
     def _is_over(self, job: Job, now: float) -> bool:
         """Whether an upload of unknown end surely writes no more; if not, it is told to stop, and the

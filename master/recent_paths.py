@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator
 
 from alluxiofuse.master import places
@@ -14,8 +15,9 @@ class RecentPaths:
     def __init__(self) -> None:
         self._sequence = 0
         self._watchers: dict[int, int] = {}
-        self._paths: dict[tuple[int, bytes], int] = {}
-        self._trees: dict[tuple[int, bytes], int] = {}
+        self._paths: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        self._trees: OrderedDict[tuple[int, bytes], int] = OrderedDict()
+        """Both in the order of the changes; what is older than all watchers is dropped."""
 
     def watch(self) -> int:
         """Before the under storage is asked. A token for `is_changed` and `end`."""
@@ -25,15 +27,20 @@ class RecentPaths:
 
     def end(self, token: int) -> None:
         del self._watchers[token]
-        if not self._watchers:
-            self._paths.clear()
-            self._trees.clear()
+        oldest = next(iter(self._watchers), None)
+        for known in (self._paths, self._trees):
+            if oldest is None:
+                known.clear()
+            while known and known[next(iter(known))] < (oldest or 0):
+                known.popitem(last=False)
 
     def note(self, mount_id: int, path: bytes, is_tree: bool = False) -> None:
         """Just changed by us. Called in the same await-free stretch as the commit."""
         if self._watchers:
             self._sequence += 1
-            (self._trees if is_tree else self._paths)[mount_id, path] = self._sequence
+            known = self._trees if is_tree else self._paths
+            known[mount_id, path] = self._sequence
+            known.move_to_end((mount_id, path))
 
     def is_changed(self, token: int, mount_id: int, path: bytes) -> bool:
         if self._paths.get((mount_id, path), 0) > token:

@@ -8,6 +8,8 @@ bit by bit. Belongs to the trio thread.
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 Key = int | tuple[int, bytes]
 """An inode number, or (parent, name)."""
 
@@ -23,8 +25,9 @@ class ChangeLog:
         self._floor = 0
         """Answers to questions asked before this are out of date, whatever they are about: notes as
         old as that were dropped."""
-        self._last: dict[Key, int] = {}
-        """In the order of their last change, so that the first is the oldest."""
+        self._last: OrderedDict[Key, int] = OrderedDict()
+        """In the order of their last change, so that the first is the oldest (which a dict finds only by
+        going over all that was taken from its front)."""
 
     @property
     def now(self) -> int:
@@ -37,8 +40,7 @@ class ChangeLog:
             self._last.pop(key, None)
             self._last[key] = self._now
         while len(self._last) > self._max_keys:
-            oldest = next(iter(self._last))
-            self._floor = self._last.pop(oldest)
+            _, self._floor = self._last.popitem(last=False)
 
     def note_all(self) -> None:
         """Everything may have changed."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from typing import Literal, Protocol
 
@@ -63,10 +64,12 @@ class Invalidator:
         self._on_overflow = on_overflow
         self._max_pending = max_pending
         self._changed = threading.Condition()
-        self._pending: dict[Order, None] = {}  # guarded by _changed; ordered
-        self._everything: list[Order] = []  # guarded by _changed; of a reset, last first
+        self._pending: OrderedDict[Order, None] = OrderedDict()  # guarded by _changed
+        self._names: list[tuple[int, bytes]] = []  # guarded by _changed; of a reset, last first
+        self._inos: list[int] = []  # guarded by _changed; of a reset, after its names
         self._is_closed = False  # guarded by _changed
         self._busy = False  # guarded by _changed
+        self._is_turn_of_reset = False  # the thread's own
         self._thread = threading.Thread(target=self._run, name="invalidator", daemon=True)
 
     def start(self) -> None:
@@ -94,22 +97,25 @@ class Invalidator:
             self._on_overflow()
 
     def reset(self, names: Iterable[tuple[int, bytes]], inos: Iterable[int]) -> None:
-        """Instead of all that waits: these entries, then attributes and pages of these inodes."""
-        orders: list[Order] = [("entry", parent, name) for parent, name in names]
-        orders += [("data", ino) for ino in inos]
-        orders.reverse()
+        """Instead of all that waits: these entries, then attributes and pages of these inodes. That may be
+        a million, seconds of work: what is ordered meanwhile takes turns with it."""
+        reset_names, reset_inos = list(names), list(inos)
+        reset_names.reverse()
+        reset_inos.reverse()
         with self._changed:
             if not self._is_closed:
                 self._pending.clear()
-                self._everything = orders
+                self._names, self._inos = reset_names, reset_inos
                 self._changed.notify_all()
+
+    @property
+    def _has_orders(self) -> bool:
+        return bool(self._pending or self._names or self._inos)
 
     def wait_idle(self, timeout_s: float) -> bool:
         """All orders given so far are carried out. Blocks: never in the thread that answers."""
         with self._changed:
-            return self._changed.wait_for(
-                lambda: not (self._pending or self._everything or self._busy), timeout_s
-            )
+            return self._changed.wait_for(lambda: not (self._has_orders or self._busy), timeout_s)
 
     def close(self) -> None:
         """No more orders; one that is being carried out ends by itself. Before the session closes,
@@ -117,7 +123,7 @@ class Invalidator:
         with self._changed:
             self._is_closed = True
             self._pending.clear()
-            self._everything.clear()
+            self._names, self._inos = [], []
             self._changed.notify_all()
 
     def join(self, timeout_s: float) -> bool:
@@ -141,15 +147,16 @@ class Invalidator:
         with self._changed:
             self._busy = False
             self._changed.notify_all()
-            self._changed.wait_for(lambda: self._pending or self._everything or self._is_closed)
+            self._changed.wait_for(lambda: self._has_orders or self._is_closed)
             if self._is_closed:
                 return None
             self._busy = True
-            if self._everything:
-                return self._everything.pop()
-            order = next(iter(self._pending))
-            del self._pending[order]
-            return order
+            self._is_turn_of_reset = not self._is_turn_of_reset
+            if self._pending and not (self._is_turn_of_reset and (self._names or self._inos)):
+                return self._pending.popitem(last=False)[0]
+            if self._names:
+                return ("entry", *self._names.pop())
+            return ("data", self._inos.pop())
 
     def _carry_out(self, order: Order) -> None:
         if order[0] == "entry":

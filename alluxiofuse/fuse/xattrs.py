@@ -8,6 +8,7 @@ something says that they changed. Trio thread only.
 from __future__ import annotations
 
 import errno
+from collections import OrderedDict
 
 from alluxiofuse.errors import FsError
 
@@ -37,7 +38,7 @@ class XattrNames:
 
     def __init__(self, max_inodes: int = MAX_INODES) -> None:
         self._max_inodes = max_inodes
-        self._names: dict[int, frozenset[bytes]] = {}
+        self._names: OrderedDict[int, frozenset[bytes]] = OrderedDict()
         """In the order they were learned: the first is dropped when there are too many."""
 
     def get(self, ino: int) -> frozenset[bytes] | None:
@@ -47,7 +48,7 @@ class XattrNames:
     def learn(self, ino: int, names: frozenset[bytes]) -> None:
         self._names[ino] = names
         if len(self._names) > self._max_inodes:
-            del self._names[next(iter(self._names))]
+            self._names.popitem(last=False)
 
     def void(self, ino: int | None) -> None:
         """None: everything."""

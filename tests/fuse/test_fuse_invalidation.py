@@ -88,6 +88,23 @@ def test_too_many_orders_become_a_reset(kernel: RecordingKernel, invalidator: In
     assert kernel.calls == [("data", 1), ("entry", 1, b"top"), ("data", 7), ("data", 8)]
 
 
+def test_news_do_not_wait_for_the_end_of_a_reset(kernel: RecordingKernel, invalidator: Invalidator) -> None:
+    """A reset of a million inodes takes seconds; were news to pile up behind it, they would overflow into
+    the next reset."""
+    kernel.gate.clear()
+    invalidator.data(1)
+    assert kernel.entered.wait(WAIT_S)
+    invalidator.reset([(1, b"top")], range(10, 20))
+    invalidator.attr(5)
+    invalidator.entry(6, b"new")
+    kernel.gate.set()
+    assert invalidator.wait_idle(WAIT_S)
+    assert {("attr", 5), ("entry", 6, b"new")} < set(kernel.calls[:6])
+    assert [call for call in kernel.calls if call[0] == "data"] == [
+        ("data", ino) for ino in (1, *range(10, 20))
+    ]
+
+
 @pytest.mark.parametrize("code", [errno.ENODEV, errno.EINVAL])
 def test_a_refusal_does_not_end_the_thread(
     kernel: RecordingKernel, invalidator: Invalidator, code: int
