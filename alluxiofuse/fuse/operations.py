@@ -48,7 +48,7 @@ ReplyEntry = Callable[[pyfuse3.ReaddirToken, bytes, pyfuse3.EntryAttributes, int
 
 class Operations(pyfuse3.Operations):
     """`kernel`: how to make the kernel forget attributes from within a handler; None without one.
-    `reply_entry`: takes one entry of a listing, False when it has no room; pyfuse3's but in tests."""
+    `reply_entry`: takes one entry of a listing, False when it has no room. `new_attributes`: see view."""
 
     supports_dot_lookup = True
     enable_writeback_cache = False  # the kernel would then believe its own sizes only, for ever
@@ -62,11 +62,12 @@ class Operations(pyfuse3.Operations):
         cache_limit_s: float = 0.0,
         kernel: Kernel | None = None,
         reply_entry: ReplyEntry = pyfuse3.readdir_reply,
+        new_attributes: Callable[[], pyfuse3.EntryAttributes] = pyfuse3.EntryAttributes,
     ) -> None:
         super().__init__()
         self.fs = fs
         self.troubles = Troubles()
-        self.view = KernelView(root_ino, cache_limit_s, lambda: fs.is_watch_healthy)
+        self.view = KernelView(root_ino, cache_limit_s, lambda: fs.is_watch_healthy, new_attributes)
         self.view.on_void = self._void
         self.files: HandleTable[FileHandle] = HandleTable()
         self.dirs: HandleTable[DirHandle] = HandleTable()
@@ -420,7 +421,7 @@ class Operations(pyfuse3.Operations):
         name, ino = (
             (b".", handle.ino) if position == 0 else (b"..", self._parents.get(handle.ino, handle.ino))
         )
-        entry = pyfuse3.EntryAttributes()
+        entry = self.view.new_attributes()
         entry.st_ino = self.view.kernels(ino)
         entry.st_mode = stat.S_IFDIR | 0o755
         entry.attr_timeout = entry.entry_timeout = 0

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Protocol
 
+import pyfuse3
 import trio
 
 from alluxiofuse.client.filesystem import FileSystem
@@ -77,6 +78,9 @@ class Driver(Protocol):
     @property
     def reply_entry(self) -> ReplyEntry: ...
 
+    @property
+    def new_attributes(self) -> Callable[[], pyfuse3.EntryAttributes]: ...
+
     def mount(self, operations: Operations, mountpoint: str, options: MountOptions, fsname: str) -> None:
         """UserError in one line when it can't be done."""
 
@@ -110,6 +114,7 @@ class _Session:
             cache_limit_s=options.cache_limit_s,
             kernel=kernel,
             reply_entry=self._driver.reply_entry,
+            new_attributes=self._driver.new_attributes,
         )
         self._invalidator = Invalidator(kernel, self._operations.view.reset)
         self._ended = trio.Event()

@@ -49,8 +49,16 @@ class KernelView:
     """Also the FileSystem's CacheListener. `limit_s` bounds all timeouts; `is_healthy` says whether
     changes are being heard of at all."""
 
-    def __init__(self, root_ino: int, limit_s: float, is_healthy: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        root_ino: int,
+        limit_s: float,
+        is_healthy: Callable[[], bool],
+        new_attributes: Callable[[], pyfuse3.EntryAttributes] = pyfuse3.EntryAttributes,
+    ) -> None:
         self.root_ino = root_ino
+        self.new_attributes = new_attributes
+        """Makes what an answer is filled into: the session's own kind."""
         self.changes = ChangeLog()
         self.on_void: Callable[[int | None], None] = lambda ino: None
         """Called with an inode of which all that is remembered elsewhere is void; None: of all."""
@@ -120,7 +128,7 @@ class KernelView:
 
     def negative(self, parent: int, name: bytes, since: int) -> pyfuse3.EntryAttributes:
         """A name that does not exist, cached as long as entries of its directory are."""
-        answer = pyfuse3.EntryAttributes()
+        answer = self.new_attributes()
         answer.st_ino = 0
         known = self._known.get(parent)
         cache_s = 0.0 if known is None else known.cache_s
@@ -160,7 +168,7 @@ class KernelView:
         return max(0.0, min(attr.cache_s, self._limit_s))
 
     def _filled(self, attr: Attr, entry_s: float, attr_s: float) -> pyfuse3.EntryAttributes:
-        out = pyfuse3.EntryAttributes()
+        out = self.new_attributes()
         out.st_blksize = BLOCK_SIZE_HINT
         fill(out, attr, entry_s, attr_s)
         if attr.ino == self.root_ino:
@@ -231,7 +239,7 @@ class Listing:
         """Nothing at all has changed since; else each entry is looked up."""
         self._is_top = parent == view.root_ino
         self._limit_s = view._limit_s if is_healthy else 0.0
-        self._out = pyfuse3.EntryAttributes()
+        self._out = view.new_attributes()
         self._out.st_blksize = BLOCK_SIZE_HINT
 
     def entry(self, attr: Attr, name: bytes) -> pyfuse3.EntryAttributes:

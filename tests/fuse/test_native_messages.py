@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -148,26 +147,15 @@ def test_init_of_old_and_new_kernels() -> None:
         messages.init_fields(whole(request(Op.INIT, b"short")))
 
 
-def attributes(**changes: object) -> SimpleNamespace:
-    return SimpleNamespace(
-        **{
-            "st_ino": 5,
-            "st_mode": 0o100644,
-            "st_nlink": 1,
-            "st_uid": 1,
-            "st_gid": 2,
-            "st_rdev": 0,
-            "st_size": 10,
-            "st_blocks": 8,
-            "st_blksize": 4096,
-            "st_atime_ns": -1,
-            "st_mtime_ns": 1_500_000_000_123_456_789,
-            "st_ctime_ns": -(10**9) - 5,
-            "entry_timeout": 1.5,
-            "attr_timeout": 1e12,
-            **changes,
-        }
-    )
+def attributes(**changes: int) -> messages.Attributes:
+    found = messages.Attributes()
+    found.st_ino, found.st_mode, found.st_nlink, found.st_uid, found.st_gid = 5, 0o100644, 1, 1, 2
+    found.st_size, found.st_blocks, found.st_blksize = 10, 8, 4096
+    found.st_atime_ns, found.st_mtime_ns, found.st_ctime_ns = -1, 1_500_000_000_123_456_789, -(10**9) - 5
+    found.entry_timeout, found.attr_timeout = 1.5, 1e12
+    for name, value in changes.items():
+        setattr(found, name, value)
+    return found
 
 
 def test_attributes_keep_times_before_1970() -> None:

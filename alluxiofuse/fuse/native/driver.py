@@ -118,6 +118,7 @@ class NativeDriver:
 
     name = "native"
     reply_entry = staticmethod(reply_entry)
+    new_attributes: Any = messages.Attributes
 
     def __init__(self) -> None:
         self._device: Device | None = None
