@@ -15,6 +15,7 @@ from typing import Any, Concatenate, ParamSpec, Protocol, TypeVar
 
 import pyfuse3
 
+from alluxiofuse.descriptors import EXHAUSTED
 from alluxiofuse.errors import AlluxioFuseError, FsError, StaleError
 
 log = logging.getLogger("alluxiofuse.fuse")
@@ -72,6 +73,9 @@ def errno_of(troubles: Troubles, handler: str, exc: Exception) -> int:
         if not isinstance(exc, FsError | StaleError):
             troubles.failure(handler, exc)
         return exc.errno or errno.EIO
+    if isinstance(exc, OSError) and exc.errno in EXHAUSTED:
+        troubles.failure(handler, FsError(exc.errno))
+        return exc.errno
     troubles.bug(handler, exc)
     if isinstance(exc, OSError) and exc.errno in _PASSED_ERRNOS:
         return exc.errno

@@ -11,7 +11,7 @@ from typing import Any, cast
 import msgspec
 
 from alluxiofuse import descriptors
-from alluxiofuse.errors import AlluxioFuseError, BadRequestError
+from alluxiofuse.errors import AlluxioFuseError, BadRequestError, FsError
 from alluxiofuse.rpc.base import Answer, Buffer, FileRange, Handler, Peer, Service
 from alluxiofuse.rpc.ratelimit import LimitedLog
 from alluxiofuse.wire import codec
@@ -76,6 +76,9 @@ class HandlerTable:
         cause = _only_leaf(exc)
         if isinstance(cause, AlluxioFuseError):
             return cause
+        if isinstance(cause, OSError) and cause.errno in descriptors.EXHAUSTED:
+            self._limited.warning("%s: %s", method, cause.strerror)
+            return FsError(cause.errno, "the daemon has too many open files")
         self.bug_count += 1
         self._limited.exception("%s failed: a bug in its handler", method, exc=exc)
         return AlluxioFuseError(f"{method} failed inside the daemon: see its log")

@@ -46,7 +46,7 @@ class SmallCluster(Cluster):
     """One worker, on the client's machine, so that descriptors are passed; every daemon with few."""
 
     def __init__(self) -> None:
-        super().__init__(workers=0, env={"ALLUXIOFUSE_CLIENT_PATIENCE_S": "5s"})
+        super().__init__(workers=0, env={"ALLUXIOFUSE_CLIENT_PATIENCE_S": "2s"})
 
     def _daemon(self, name: str, arguments: list[str]) -> Daemon:
         daemon = super()._daemon(name, arguments)
@@ -159,7 +159,7 @@ def test_no_descriptor_left_at_all(small: SmallCluster, which: str) -> None:
     _, hard = limits(daemon)
     resource.prlimit(daemon.pid, resource.RLIMIT_NOFILE, (fd_count(daemon), hard))
     found = set()
-    for number in range(5):
+    for number in range(3):
         try:
             (small.mount / f"file{number}").write_text("x")
             (small.ufs_dir / f"outside{number}").write_text("y")
