@@ -202,8 +202,10 @@ class Writing:
                     raise
                 await self._core.slabs.send_detaches()
                 answer = await connection.exchange(request)
-        except (NoSpaceError, StaleError):
-            self._may_be_begun = False
+        except PeerError:
+            raise
+        except AlluxioFuseError:
+            self._may_be_begun = False  # It said so.
             raise
         fd = answer.fds.pop() if answer.fds else -1
         answer.close_fds()
