@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import trio
 
 from alluxiofuse.config import MasterConfig
-from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError
+from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError, UserError
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import new_container, owner_record
 from alluxiofuse.master.store import Store, u64
@@ -57,6 +57,10 @@ class Worker:
     epoch: int
     seen_at_s: float
     """Of the monotonic clock."""
+    life: str = ""
+    """Of the process that registered."""
+    poll_count: int = 0
+    """Polls for commands that wait here now: the process lives, or its machine went a moment ago."""
     is_ready: bool = False
     is_complete: bool = False
     """The clean containers are known too."""
@@ -206,17 +210,24 @@ class WorkerRegistry:
     # --- what workers ask --------------------------------------------------------------------------
 
     def register(self, request: RegisterWorker) -> Registration:
-        """A new registration voids the old one of the same uuid, its blocks and commands."""
+        """A new registration voids the old one of the same uuid, its blocks and commands. UserError: the
+        old one is of another process, and that one lives."""
         worker_id = self._worker_id(request.worker_uuid)
         known = worker_id in self._workers
         old = self._workers.get(worker_id)
+        is_other = old is not None and old.life != request.life
+        if old is not None and is_other and old.poll_count and self.was_heard_lately(worker_id):
+            at = f"{old.address.host}:{old.address.port}" if old.address.port else old.address.unix_path
+            raise UserError(
+                f"worker {worker_id} runs already, at {at}: is this a copy of its state directory?"
+            )
         if old is not None:
             old.has_commands.set()
         address = request.address
         address.worker_id = worker_id
         epoch = self._store.take_number(b"next_id")
         self._workers[worker_id] = Worker(
-            address, request.tiers, request.version, epoch, self._clock.monotonic()
+            address, request.tiers, request.version, epoch, self._clock.monotonic(), request.life
         )
         self._workers[worker_id].known_containers = new_container(self._store)
         if known:
@@ -262,10 +273,14 @@ class WorkerRegistry:
     async def commands(self, request: WorkerCommands) -> list[Command]:
         """Long poll. If cancelled, nothing was taken."""
         worker = self._known(request.worker_id, request.epoch)
-        with trio.move_on_after(request.wait_s):
-            await worker.has_commands.wait()
-            # In a burst many are answered at once: each answer costs both sides more than a command.
-            await trio.sleep_until(worker.answered_at_s + GATHER_S)
+        worker.poll_count += 1
+        try:
+            with trio.move_on_after(request.wait_s):
+                await worker.has_commands.wait()
+                # In a burst many are answered at once: each answer costs both sides more than a command.
+                await trio.sleep_until(worker.answered_at_s + GATHER_S)
+        finally:
+            worker.poll_count -= 1
         worker.answered_at_s = trio.current_time()
         if self._workers.get(request.worker_id) is not worker:
             raise SessionExpiredError("the worker registered anew")

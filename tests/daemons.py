@@ -399,13 +399,18 @@ class Cluster(Site):
         self.client = self.add_mount()
         return self
 
-    def add_worker(self, hostname: str | None = None) -> Daemon:
+    def make_worker(self, hostname: str | None = None) -> Daemon:
+        """One more, not started."""
         number = len(self.workers) + 1
         arguments = ["worker", "--master", self.address, "--state", str(self.base / f"worker{number}")]
         arguments += ["--port", "0", "--hostname", hostname or f"w{number}"]
         arguments += ["--tier", self._tier.format(base=self.base, number=number)]
         worker = self._daemon(f"worker{number}", arguments)
         self.workers.append(worker)
+        return worker
+
+    def add_worker(self, hostname: str | None = None) -> Daemon:
+        worker = self.make_worker(hostname)
         worker.start()
         return worker
 

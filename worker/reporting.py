@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import os
+import uuid
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import trio
 
 from alluxiofuse import __version__
-from alluxiofuse.errors import AlluxioFuseError, PeerError, SessionExpiredError
+from alluxiofuse.errors import AlluxioFuseError, PeerError, SessionExpiredError, UserError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.wire.master_ops import (
     PersistDone,
@@ -40,6 +41,8 @@ log = logging.getLogger(__name__)
 MIN_BACKOFF_S = 0.1
 MAX_BACKOFF_S = 5.0
 POLL_S = 30.0
+REFUSED_S = 45.0
+"""After so long a refusal is no matter of time."""
 REPORTS_PER_CALL = 5000
 REPORT_PAUSE_S = 0.05
 """Between calls that report clean containers: each keeps the master from others for some 20 ms."""
@@ -71,6 +74,8 @@ class Reporter:
         self._identity = identity
         self._uploads = uploads
         self._heartbeat_s = 1.0
+        self._life = uuid.uuid4().hex
+        self._refused_since: float | None = None
         self._registered = trio.Event()
         """Set while registered; replaced when the registration ends."""
         self._clean_left: list[int] = []
@@ -93,11 +98,14 @@ class Reporter:
                 try:
                     await self._register()
                     backoff_s = MIN_BACKOFF_S
+                    self._refused_since = None
                     if not self._was_registered:
                         self._was_registered = True
                         nursery.start_soon(self._uploads.resume)
                     self._registered.set()
                     await self._converse()
+                except UserError as exc:
+                    self._refused(exc)
                 except SessionExpiredError:
                     self._slabs.counters["registrations_expired"] += 1
                 except AlluxioFuseError as exc:
@@ -108,12 +116,22 @@ class Reporter:
                 await trio.sleep(backoff_s)
                 backoff_s = min(MAX_BACKOFF_S, backoff_s * 2)
 
+    def _refused(self, exc: UserError) -> None:
+        """The master will not have us; raises that when it goes on. A machine that went without a word
+        and came back soon is refused while the master has not noticed."""
+        now = trio.current_time()
+        self._refused_since = self._refused_since or now
+        self._slabs.counters["registrations_refused"] += 1
+        log.warning("the master refuses us: %s", exc.message)
+        if now - self._refused_since > REFUSED_S:
+            raise exc
+
     # --- registration -----------------------------------------------------------------------------
 
     async def _register(self) -> None:
         me = self._identity
         granted = await self._master.call(
-            RegisterWorker(me.worker_uuid, me.address, self._slabs.tiers.report(), __version__)
+            RegisterWorker(me.worker_uuid, me.address, self._slabs.tiers.report(), __version__, self._life)
         )
         me.address.worker_id, me.epoch = granted.worker_id, granted.epoch
         self._heartbeat_s = max(0.01, granted.heartbeat_s)

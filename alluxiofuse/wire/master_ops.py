@@ -558,6 +558,8 @@ class RegisterWorker(Request["Registration"]):
     """With worker_id 0 on first registration."""
     tiers: Annotated[list[Tier], Meta(max_length=64)]
     version: Text
+    life: Annotated[str, Meta(max_length=64)] = ""
+    """Of this process, by chance: another one with the same uuid is a restart, or a copy."""
 
 
 class Registration(Message):

@@ -260,3 +260,31 @@ def test_work_under_way_goes_on_elsewhere_or_later(cluster: Callable[..., Cluste
     site.wait_persisted("/big")
     assert (site.ufs_dir / "big").read_bytes() == big
     assert sorted(path.name for path in site.ufs_dir.iterdir()) == ["big", "cold"]
+
+
+def test_a_copied_worker(cluster: Callable[..., Cluster]) -> None:
+    """Two with one identity would take turns, each with what it has: the second is refused while the
+    first lives, and may follow it."""
+    site = cluster(env=DIRTY, workers=1)
+    site.expects_clean_end = False
+    path = site.mount / "file"
+    path.write_bytes(content("file"))
+    (first,) = site.workers
+    first.kill()
+    for name in ("ssd", "worker"):
+        shutil.copytree(
+            site.base / f"{name}1",
+            site.base / f"{name}2",
+            ignore=lambda _, names: {"worker.sock"} & set(names),
+        )
+    first.start()
+    path.write_bytes(content("newer"))
+    copy = site.make_worker()
+    copy.start(wait=False)
+    wait_until(lambda: "runs already" in copy.log_text(), "it says why it can't")
+    assert read(path) == content("newer")
+    assert [one["is_alive"] for one in site.report()["workers"]] == [True]
+    site.wait_persisted("/file")
+    first.kill()
+    copy.wait_ready()
+    assert read(path) == content("newer")
