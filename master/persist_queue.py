@@ -30,6 +30,8 @@ class ReadyQueue:
         self._parked: dict[int, dict[Key, None]] = {}
         """Mount -> those that were due when nothing more could be started there; oldest first."""
         self._parked_count = 0
+        self.has_dropped = False
+        """Keys were given up: they are to be found by scanning the store. Reset by who does."""
 
     def __len__(self) -> int:
         return len(self._due) + self._parked_count
@@ -56,14 +58,28 @@ class ReadyQueue:
             self._parked.pop(mount_id, None)
 
     def put(self, key: Key, due_s: float) -> bool:
-        """Enter, or change the instant. False: full."""
-        if key not in self._due and len(self) >= MAX_KEYS:
+        """Enter, or change the instant. A queue that is full of what is parked gives some of that up
+        (`has_dropped`), so that one mount that is out of order does not stop the others. False: full."""
+        if key not in self._due and len(self) >= MAX_KEYS and not self._drop_parked():
             return False
         self._due[key] = due_s
         heapq.heappush(self._heap, (due_s, next(self._order), key))
         if len(self._heap) > 4 * MAX_KEYS:
             self._heap = [(due, next(self._order), key) for key, due in self._due.items()]
             heapq.heapify(self._heap)
+        return True
+
+    def _drop_parked(self) -> bool:
+        """The newest one of the mount with most."""
+        mount_id = max(self._parked, key=lambda one: len(self._parked[one]), default=None)
+        if mount_id is None:
+            return False
+        parked = self._parked[mount_id]
+        parked.popitem()
+        self._parked_count -= 1
+        if not parked:
+            del self._parked[mount_id]
+        self.has_dropped = True
         return True
 
     def advance(self, key: Key, due_s: float) -> None:

@@ -247,6 +247,8 @@ class Persister:
                 self._log.is_overflowed = True
         while self._hurried:
             self._queue.put(self._hurried.pop(), now)
+        if self._queue.has_dropped:
+            self._queue.has_dropped, self._log.is_overflowed = False, True
         if self._log.is_overflowed and len(self._queue) < MAX_KEYS // 2:
             self._scan(now)
 

@@ -7,7 +7,10 @@ import sys
 from types import FrameType
 from typing import Any
 
-from alluxiofuse.master.persist_queue import Lock, PathLocks
+import pytest
+
+from alluxiofuse.master import persist_queue
+from alluxiofuse.master.persist_queue import Lock, PathLocks, ReadyQueue
 from alluxiofuse.master.places import is_below
 
 
@@ -58,6 +61,26 @@ def test_as_defined() -> None:
     assert not locks._held
     assert not locks._at
     assert not locks._below
+
+
+def test_a_mount_that_is_out_of_order_does_not_fill_the_queue(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(persist_queue, "MAX_KEYS", 10)
+    queue = ReadyQueue()
+    for ino in range(12):
+        if queue.put(ino, 0.0):
+            queue.pop(1.0)
+            queue.park(1, ino)
+    assert (len(queue), queue.has_dropped) == (10, True)
+    queue.has_dropped = False
+    for ino in range(100, 104):
+        assert queue.put(ino, 5.0)
+    assert (len(queue), queue.has_dropped) == (10, True)
+    assert [queue.pop(6.0) for _ in range(5)] == [100, 101, 102, 103, None]
+    queue.unpark(1, 100, 7.0)
+    assert [queue.pop(7.0) for _ in range(7)] == [0, 1, 2, 3, 4, 5, None], "the oldest are kept"
+    for ino in range(10):
+        assert queue.put(ino, 0.0)
+    assert not queue.put(11, 0.0), "nothing is parked"
 
 
 def test_the_number_that_is_held_does_not_matter() -> None:
