@@ -92,7 +92,9 @@ class ClientConfig(_Section):
     max_cached_slabs: int = 256
     """Attached slabs (a lock, a descriptor) kept after their last close."""
     patience_s: float = 10.0
-    """How long an operation waits for a master or worker that does not answer, before EIO."""
+    """How long an operation waits for a worker that does not answer, before EIO."""
+    master_patience_s: float = 60.0
+    """The same for a master: how long it may be away before programs see EIO. Spent once for one outage."""
 
 
 class Config(_Section):

@@ -163,6 +163,12 @@ class StateError(AlluxioFuseError):
     code = "state"
 
 
+class ForeignStateError(StateError):
+    """The master's state is not the one that was known before, or an older version of it."""
+
+    code = "foreign_state"
+
+
 def _tree(cls: type[AlluxioFuseError]) -> dict[str, type[AlluxioFuseError]]:
     found = {cls.code: cls}
     for sub in cls.__subclasses__():

@@ -30,6 +30,7 @@ from alluxiofuse.master.persister import Persister
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
+from alluxiofuse.master.state_mark import StateGuard
 from alluxiofuse.master.store import u64
 from alluxiofuse.master.tree import OPEN
 from alluxiofuse.master.ufs_loader import UfsLoader
@@ -60,6 +61,7 @@ class Parts:
     mounts: MountTable
     loader: UfsLoader
     persister: Persister
+    state: StateGuard
     cluster_id: str
 
 
@@ -237,6 +239,8 @@ class Management:
             "sessions_expired": parts.sessions.expired_count,
             "requests_answered_again": parts.replies.repeated_count,
             "requests_refused": parts.sessions.refused_count,
+            "foreign_states_refused": parts.state.refused_count,
+            **{f"client_{name}": count for name, count in parts.sessions.client_counters().items()},
             **parts.persister.counts(),
             **parts.mounts.counts(),
         }

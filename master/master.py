@@ -33,6 +33,7 @@ from alluxiofuse.master.persister import Persister
 from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.service import MasterService
 from alluxiofuse.master.sessions import Sessions
+from alluxiofuse.master.state_mark import StateGuard
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.tree import Tree
 from alluxiofuse.master.ufs_loader import UfsLoader
@@ -98,6 +99,7 @@ class Master:
         config = self.config
         events = Events(config.max_events, clock.now_ns() * EVENTS_PER_S // 10**9)
         sessions = self.sessions = Sessions(store, clock, config.session_lease_s, close_stale_sessions)
+        state = StateGuard(store, self.cluster_id)
         replies = self.replies = Replies(store, sessions)
         workers = WorkerRegistry(store, clock, config)
         persist_log = PersistLog(store, mounts, wall_ns=clock.now_ns)
@@ -123,6 +125,7 @@ class Master:
                 mounts,
                 loader,
                 self.persister,
+                state,
                 self.cluster_id,
             )
         )
@@ -137,6 +140,7 @@ class Master:
             workers,
             self.persister,
             loader,
+            state,
             self.cluster_id,
             self._management.handlers(),
         )

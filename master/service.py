@@ -20,12 +20,13 @@ from alluxiofuse.master.namespace import Namespace
 from alluxiofuse.master.peers import as_peer
 from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
+from alluxiofuse.master.state_mark import StateGuard
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.master.xattrs import Xattrs
 from alluxiofuse.rpc.base import Buffer, Handler, Peer, Service
 from alluxiofuse.wire import master_ops
 from alluxiofuse.wire.messages import NOTHING, Nothing, Request, requests_of
-from alluxiofuse.wire.types import FsUsage, Layout
+from alluxiofuse.wire.types import FsUsage, Layout, StateMark
 
 
 def _unchanged(request: Any, answer: Any) -> Any:
@@ -61,6 +62,7 @@ class MasterService(Service):
         workers: WorkerRegistry,
         persister: Persister,
         loader: SourceLoader,
+        state: StateGuard,
         cluster_id: str,
         management: dict[type[Request[Any]], Handler],
     ) -> None:
@@ -74,6 +76,7 @@ class MasterService(Service):
         self._workers = workers
         self._persister = persister
         self._loader = loader
+        self._state = state
         self._cluster_id = cluster_id
         self._store = namespace.store
         self._gate = namespace.gate
@@ -144,9 +147,10 @@ class MasterService(Service):
         workers = self._workers
         return {
             master_ops.ListWorkers: _plain(lambda r: workers.infos()),
-            master_ops.RegisterWorker: _trusted_only(workers.register),
+            master_ops.RegisterWorker: _trusted_only(self._register_worker),
             master_ops.ReportBlocks: _trusted_only(workers.report_blocks),
-            master_ops.WorkerHeartbeat: _trusted_only(workers.heartbeat),
+            master_ops.WorkerHeartbeat: _trusted_only(self._worker_heartbeat),
+            master_ops.WorkerGoodbye: _trusted_only(workers.goodbye),
             master_ops.WorkerCommands: _trusted_only(workers.commands),
         }
 
@@ -209,9 +213,14 @@ class MasterService(Service):
     ) -> master_ops.SessionGrant:
         if not peer.is_trusted:
             as_peer(peer, req)
+        self._state.check(f"{req.client_name} @ {req.hostname}", req.seen, "unmount and mount again")
         session = self._sessions.open(req.client_name, req.hostname, req.session_id, req.open_inos, peer)
         return master_ops.SessionGrant(
-            session.session_id, self._sessions.lease_s, self._events.seq, self._cluster_id
+            session.session_id,
+            self._sessions.lease_s,
+            self._events.seq,
+            self._cluster_id,
+            self._state.mark(),
         )
 
     def _session_heartbeat(self, req: master_ops.SessionHeartbeat) -> Nothing:
@@ -225,11 +234,14 @@ class MasterService(Service):
     async def _watch(self, req: master_ops.Watch) -> master_ops.WatchAnswer:
         session = self._sessions.touch(req.session_id)
         session.watch_count += 1
+        if req.counters:
+            session.counters = req.counters
         try:
             answer = await self._events.watch(req.session_id, req.after, req.wait_s)
         finally:
             session.watch_count -= 1
         self._sessions.touch(req.session_id)
+        answer.state = self._state.mark()
         return answer
 
     async def _sync_metadata(self, req: master_ops.SyncMetadata) -> Nothing:
@@ -242,6 +254,22 @@ class MasterService(Service):
         capacity = sum(tier.capacity_bytes for info in alive for tier in info.tiers)
         dirty = sum(info.dirty_bytes for info in alive)
         return FsUsage(capacity, max(0, capacity - dirty), self._store.estimate("inode"))
+
+    # --- workers ----------------------------------------------------------------------------------
+
+    def _register_worker(self, req: master_ops.RegisterWorker) -> master_ops.Registration:
+        self._state.check(
+            f"the worker at {req.address.hostname}",
+            req.seen,
+            "give the master its state back, or start the worker with a new state directory and empty tiers",
+        )
+        registration = self._workers.register(req)
+        registration.state = self._state.mark()
+        return registration
+
+    def _worker_heartbeat(self, req: master_ops.WorkerHeartbeat) -> StateMark:
+        self._workers.heartbeat(req)
+        return self._state.mark()
 
     # --- content ----------------------------------------------------------------------------------
 

@@ -44,6 +44,8 @@ class Session:
     """Slot -> number of the newest change whose answer is kept (`replies`); None: not looked up yet."""
     peer: Peer | None = None
     """The connection that it belongs to; None: any."""
+    counters: dict[str, int] = field(default_factory=dict)
+    """What went wrong at the client, as it says."""
     watch_count: int = 0
     """Polls that wait here now: a session with one is alive however long the poll."""
 
@@ -66,6 +68,8 @@ class Sessions:
         """Requests that came by a connection which their session had left."""
         self.expired_count = 0
         """Sessions whose lease ran out."""
+        self._ended_counters: Counter[str] = Counter()
+        """Of the clients of sessions that ended."""
         self._first_id = store.take_number(b"next_session")
         """Smaller ids are of earlier lives. (Taken and not used.)"""
         self._return_until_s = clock.monotonic() + (0 if close_stale_sessions else lease_s)
@@ -138,7 +142,15 @@ class Sessions:
         if session is not None:
             self._open_counts.subtract(session.opens)
             self._sweep(session.opens)
+            self._ended_counters.update(session.counters)
         return session
+
+    def client_counters(self) -> Counter[str]:
+        """Of all clients of this life, together."""
+        total = self._ended_counters.copy()
+        for session in self._sessions.values():
+            total.update(session.counters)
+        return total
 
     def names(self) -> list[str]:
         """For people: "fuse /mnt/a @ host"."""

@@ -83,6 +83,8 @@ class Store:
         self.reply: tuple[bytes, int] | None = None
         """While a change with a request id runs: under which key, and with which number, the commit that
         makes it keeps its answer; that commit sets it to None (`replies`)."""
+        self.synced_sequence = 0
+        """Of the newest commit that is known to be on the disk."""
         self._sync_lock = threading.Lock()
         """Held by the thread that syncs, so that the store is not closed under it."""
         if not is_readonly:
@@ -212,9 +214,16 @@ class Store:
             if self._trouble is not None:
                 raise self._copy_of(self._trouble)
             try:
+                sequence = self.sequence
                 self._db.flush_wal(True)
+                self.synced_sequence = sequence
             except Exception as exc:  # rocksdict raises bare Exception
                 raise self._failed(exc) from None
+
+    @property
+    def sequence(self) -> int:
+        """Of the newest commit. Grows with each, from life to life."""
+        return int(self._db.latest_sequence_number())
 
     # --- trouble ----------------------------------------------------------------------------------
 

@@ -23,6 +23,7 @@ from alluxiofuse.wire.master_ops import (
     Registration,
     ReportBlocks,
     WorkerCommands,
+    WorkerGoodbye,
     WorkerHeartbeat,
 )
 from alluxiofuse.wire.messages import NOTHING, Nothing
@@ -64,6 +65,8 @@ class Worker:
     is_ready: bool = False
     is_complete: bool = False
     """The clean containers are known too."""
+    has_left: bool = False
+    """It was stopped, and said so."""
     dirty_bytes: int = 0
     counters: dict[str, int] = field(default_factory=dict)
     blocks: dict[int, tuple[bytes, bool]] = field(default_factory=dict)
@@ -286,17 +289,26 @@ class WorkerRegistry:
             raise SessionExpiredError("the worker registered anew")
         return _take(worker)
 
+    def goodbye(self, request: WorkerGoodbye) -> Nothing:
+        worker = self._known(request.worker_id, request.epoch)
+        worker.has_left = True
+        self._lose(request.worker_id, worker)
+        return NOTHING
+
+    def _lose(self, worker_id: int, worker: Worker) -> None:
+        worker.is_ready = False
+        worker.blocks.clear()
+        worker.block_count = 0
+        worker.epoch = 0
+        worker.has_commands.set()
+        self._tell(self.on_lost, worker_id)
+
     def check_lost(self) -> None:
         """Forget the blocks of workers that have been silent for too long (they come back by
         registering). Called now and then by the master."""
         for worker_id, worker in list(self._workers.items()):
             if worker.is_ready and self._is_silent(worker):
-                worker.is_ready = False
-                worker.blocks.clear()
-                worker.block_count = 0
-                worker.epoch = 0
-                worker.has_commands.set()
-                self._tell(self.on_lost, worker_id)
+                self._lose(worker_id, worker)
 
     # --- within -----------------------------------------------------------------------------------
 
@@ -367,6 +379,7 @@ class WorkerRegistry:
             worker.dirty_bytes,
             worker.version,
             worker.counters,
+            worker.has_left,
         )
 
     @staticmethod

@@ -7,7 +7,7 @@ b"p" + container + chunk   -> checksums of the pages chunk * 64 .. chunk * 64 + 
                               more than one page: present bitmap (8 bytes, little-endian), then
                               64 checksums of 8 bytes; the bitmap alone when all present pages are
                               pages of zeros. A container of one page has its checksum in the record.
-b"m" + name                -> b"format", b"uuid", b"next_directory"
+b"m" + name                -> b"format", b"uuid", b"next_directory", b"state" (wire.types.StateMark)
 b"d" + directory id        -> path of the tier directory when it was claimed
 
 A batch of fetched pages is written after their bytes are in the slab; when it is lost, the pages
@@ -30,6 +30,7 @@ from rocksdict import Options, Rdict, WriteBatch
 from alluxiofuse import descriptors
 from alluxiofuse.errors import BadRequestError, StateError, UserError
 from alluxiofuse.wire.codec import decode, encode
+from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
 
 FORMAT = 1
@@ -179,6 +180,15 @@ class Index:
             batch.put(b"mformat", u64(FORMAT))
             self._db.write(batch)
         return found.decode()
+
+    @property
+    def seen_state(self) -> StateMark:
+        """Of the master: which state it had when this worker was last with it."""
+        found = self.get(b"mstate")
+        return StateMark() if found is None else decode(found, StateMark)
+
+    def see_state(self, mark: StateMark) -> None:
+        self._db.put(b"mstate", encode(mark))
 
     def directories(self) -> dict[int, str]:
         """Directory id -> path, of all that were ever claimed and not forgotten."""

@@ -15,13 +15,22 @@ from dataclasses import dataclass
 import trio
 
 from alluxiofuse import __version__
-from alluxiofuse.errors import AlluxioFuseError, PeerError, SessionExpiredError, UserError
+from alluxiofuse.errors import (
+    AlluxioFuseError,
+    ForeignStateError,
+    PeerError,
+    SessionExpiredError,
+    StateError,
+    UserError,
+)
 from alluxiofuse.rpc.base import Connection
+from alluxiofuse.rpc.tally import tally
 from alluxiofuse.wire.master_ops import (
     PersistDone,
     RegisterWorker,
     ReportBlocks,
     WorkerCommands,
+    WorkerGoodbye,
     WorkerHeartbeat,
 )
 from alluxiofuse.wire.types import (
@@ -30,8 +39,10 @@ from alluxiofuse.wire.types import (
     Command,
     FreeCommand,
     PersistCommand,
+    StateMark,
     WorkerAddress,
 )
+from alluxiofuse.worker.layout import slab_path
 from alluxiofuse.worker.slab import CLEAN
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.uploads import Outcome, Uploads
@@ -46,6 +57,10 @@ REFUSED_S = 45.0
 REPORTS_PER_CALL = 5000
 REPORT_PAUSE_S = 0.05
 """Between calls that report clean containers: each keeps the master from others for some 20 ms."""
+SEE_EVERY_S = 10.0
+"""How often the master's state is written down."""
+GOODBYE_S = 2.0
+MAX_NAMED = 20
 MAX_PERSIST_TASKS = 256
 """Persist commands accepted at once; no more commands are polled for while there are so many."""
 
@@ -84,6 +99,10 @@ class Reporter:
         self._was_registered = False
         """Ever, in this life."""
         self._nursery: trio.Nursery | None = None
+        self._seen = slabs.index.seen_state
+        self._seen_at_s = float("-inf")
+        """When it was written down, on trio's clock."""
+        self._refusal = ""
 
     async def wait_registered(self) -> None:
         """Until the master knows this worker, and all that is dirty or open for writing in it."""
@@ -91,6 +110,8 @@ class Reporter:
             await self._registered.wait()
 
     async def run(self) -> None:
+        """StateError: the master, asked for the first time, has another state than the one that this
+        worker's content belongs to."""
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             backoff_s = MIN_BACKOFF_S
@@ -102,12 +123,21 @@ class Reporter:
                     if not self._was_registered:
                         self._was_registered = True
                         nursery.start_soon(self._uploads.resume)
+                    self._refusal = ""
                     self._registered.set()
                     await self._converse()
                 except UserError as exc:
                     self._refused(exc)
                 except SessionExpiredError:
                     self._slabs.counters["registrations_expired"] += 1
+                except ForeignStateError as exc:
+                    refusal = self._foreign(exc)
+                    if not self._was_registered:
+                        raise refusal from None
+                    if refusal.message != self._refusal:
+                        log.error("%s", refusal.message)
+                    self._refusal = refusal.message
+                    backoff_s = MAX_BACKOFF_S
                 except AlluxioFuseError as exc:
                     level = logging.INFO if isinstance(exc, PeerError) else logging.WARNING
                     log.log(level, "the master can't be reached: %s", exc.message)
@@ -131,8 +161,16 @@ class Reporter:
     async def _register(self) -> None:
         me = self._identity
         granted = await self._master.call(
-            RegisterWorker(me.worker_uuid, me.address, self._slabs.tiers.report(), __version__, self._life)
+            RegisterWorker(
+                me.worker_uuid,
+                me.address,
+                self._slabs.tiers.report(),
+                __version__,
+                self._life,
+                self._seen,
+            )
         )
+        self._see(granted.state, now=True)
         me.address.worker_id, me.epoch = granted.worker_id, granted.epoch
         self._heartbeat_s = max(0.01, granted.heartbeat_s)
         slabs = self._slabs
@@ -162,6 +200,36 @@ class Reporter:
             del left[-REPORTS_PER_CALL:]
             await self._report(part, is_last=True)
             await trio.sleep(REPORT_PAUSE_S)
+
+    def _see(self, mark: StateMark, *, now: bool = False) -> None:
+        """The master is at this state: with an older one, or another cluster's, nothing that is here must
+        be mixed up."""
+        self._seen = mark
+        if now or trio.current_time() - self._seen_at_s > SEE_EVERY_S:
+            self._seen_at_s = trio.current_time()
+            self._slabs.index.see_state(mark)
+
+    def _foreign(self, exc: ForeignStateError) -> StateError:
+        """All that is here stays as it is, and what is only here is named."""
+        self._slabs.counters["registrations_refused"] += 1
+        dirty = [slab for slab in self._slabs.by_container.values() if slab.state != CLEAN]
+        paths = [slab_path(str(slab.directory.root), slab.container) for slab in dirty[:MAX_NAMED]]
+        more = f" and {len(dirty) - len(paths)} more" if len(dirty) > len(paths) else ""
+        kept = f" Kept here, and in no under storage: {', '.join(paths)}{more}." if dirty else ""
+        return StateError(f"the master refuses this worker: {exc.message}.{kept}")
+
+    async def say_goodbye(self) -> None:
+        """When the worker ends: nobody need wait for it. Bounded, and never fails."""
+        with trio.move_on_after(GOODBYE_S) as scope:
+            scope.shield = True
+            try:
+                if self._registered.is_set():
+                    self._slabs.index.see_state(self._seen)
+                    await self._master.call(
+                        WorkerGoodbye(self._identity.address.worker_id, self._identity.epoch)
+                    )
+            except AlluxioFuseError as exc:
+                log.info("the master was not told that this worker ends: %s", exc.message)
 
     # --- while registered -------------------------------------------------------------------------
 
@@ -194,7 +262,7 @@ class Reporter:
         seals = list(slabs.orphans.values())[:REPORTS_PER_CALL]
         is_heard = False
         try:
-            await self._master.call(
+            state = await self._master.call(
                 WorkerHeartbeat(
                     me.address.worker_id,
                     me.epoch,
@@ -202,9 +270,10 @@ class Reporter:
                     [slabs.report(container) for container in taken],
                     seals,
                     max(0, slabs.dirty_bytes),
-                    {**slabs.counters, **self._uploads.ufs_counts()},
+                    {**slabs.counters, **tally, **self._uploads.ufs_counts()},
                 )
             )
+            self._see(state)
             is_heard = True
         finally:
             if not is_heard:

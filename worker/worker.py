@@ -102,8 +102,12 @@ class Worker:
             self.slabs = slabs
             self.service.start(Parts(slabs, reading, writing, identity))
             task_status.started()
-            await reporter.wait_registered()
-            self._is_registered.set()
+            try:
+                await reporter.wait_registered()
+                self._is_registered.set()
+                await trio.sleep_forever()
+            finally:
+                await reporter.say_goodbye()
 
 
 def _notes_dir(config: WorkerConfig) -> Path:

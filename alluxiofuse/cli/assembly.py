@@ -191,9 +191,11 @@ async def reconnecting(address: TcpAddress | UnixAddress, security: Security) ->
     """A connection to a master that comes back. Waits, with a word in the log, for one that does not
     answer yet; AuthError and ProtocolError at once. The cluster id is learnt from it."""
     async with trio.open_nursery() as nursery:
+        # The handshake does not look at the cluster: the master itself says what is wrong, and counts it.
+        of_any_cluster = Security(secret=security.secret)
 
         async def dial() -> Connection:
-            connection = await connect(nursery, address, role="master", security=security)
+            connection = await connect(nursery, address, role="master", security=of_any_cluster)
             security.cluster_id = security.cluster_id or connection.cluster_id
             return connection
 

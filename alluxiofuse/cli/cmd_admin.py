@@ -48,6 +48,7 @@ def worker_json(worker: WorkerInfo) -> dict[str, Any]:
         "address": f"{address.host}:{address.port}" if address.port else "",
         "unix_path": address.unix_path,
         "is_alive": worker.is_alive,
+        "has_left": worker.has_left,
         "last_heartbeat_ms_ago": worker.last_heartbeat_ms_ago,
         "version": worker.version,
         "container_count": worker.container_count,
@@ -107,7 +108,7 @@ def worker_lines(worker: WorkerInfo) -> list[str]:
     where = (
         f"{address.host}:{address.port}" if address.port else address.unix_path or "in the master's process"
     )
-    state = "alive" if worker.is_alive else "LOST"
+    state = "alive" if worker.is_alive else "stopped" if worker.has_left else "LOST"
     if worker.is_alive and worker.last_heartbeat_ms_ago > SILENT_MS:
         state = "silent"
     lines = [

@@ -38,6 +38,7 @@ def mount(
     Mount options, beside the kernel's (ro, noatime, noexec, ...):
       allow_other            other users may use it (default as root)
       attr_timeout=SECONDS   most that names and attributes are cached for; 0: always ask
+      master_patience=SECONDS  how long programs wait for a master that is away, then EIO (60)
       write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
       read_ahead=SIZE        of the kernel, on this mount
       secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|native|pyfuse3

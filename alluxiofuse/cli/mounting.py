@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -46,7 +46,11 @@ def plan_mount(
     mount in the way is cleared. `source` "": the master is found as for other commands."""
     from alluxiofuse.fuse import mountpoint
 
-    given = {"client.write_type": options.write_type, "cluster.secret_file": _absolute(options.secret_file)}
+    given: dict[str, Any] = {
+        "client.write_type": options.write_type,
+        "client.master_patience_s": options.master_patience_s,
+        "cluster.secret_file": _absolute(options.secret_file),
+    }
     config = shared.load_config(
         options.config_file, given | {k: v for k, v in overrides.items() if v is not None}
     )

@@ -46,10 +46,15 @@ async def open_filesystem(
             async def resume(connection: Connection) -> None:
                 await filesystem.resume(connection)
 
-            master = Reconnecting(dial, on_connected=resume, patience_s=config.patience_s)
+            master = Reconnecting(dial, on_connected=resume, patience_s=config.master_patience_s)
             workers = WorkerPool(master, hostname=hostname, security=security, patience_s=config.patience_s)
             filesystem = FileSystem(master, workers, config, name=name, hostname=hostname)
             try:
+                try:
+                    await master.connect(config.patience_s)
+                except BaseException:
+                    links.cancel()
+                    raise
                 await nursery.start(_run, filesystem, links)
                 yield filesystem
             finally:

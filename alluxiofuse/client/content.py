@@ -23,6 +23,7 @@ from alluxiofuse.errors import (
     StaleError,
     UnavailableError,
 )
+from alluxiofuse.rpc import interrupt
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
 from alluxiofuse.wire.worker_ops import WriteEnd
@@ -67,6 +68,11 @@ class Content:
         return any(file.is_writer for file in self.files)
 
     @property
+    def is_sealed(self) -> bool:
+        """As far as is known, nobody writes it."""
+        return self.writing is None and not self.layout.home
+
+    @property
     def live_attr(self) -> Attr:
         writing = self.writing
         return self.attr if writing is None else self.overlay(self.attr)
@@ -105,13 +111,21 @@ class Content:
             self.drop_slab()
         self.layout = layout
 
-    async def refresh(self) -> None:
-        """Ask the master where the content is now."""
+    async def refresh(self, *, is_patient: bool = True) -> None:
+        """Ask the master where the content is now. Not patient: ConnectionLost when it is away."""
         session = self.core.session
         before = self.layout
         self.is_stale = False
+        request = ops.Open(SUPERUSER, session.id, self.ino, False)
+
+        def late(_: ops.Opened) -> None:
+            session.release(self.ino)
+
         try:
-            opened = await session.call(ops.Open(SUPERUSER, session.id, self.ino, False), is_idempotent=True)
+            if is_patient:
+                opened = await session.call(request, is_idempotent=True, on_late=late)
+            else:
+                opened = await session.call_now(request, late)
         except BaseException:
             self.is_stale = True
             raise
@@ -186,7 +200,7 @@ class Content:
                     await self._abandon(writing)
                 if trio.current_time() + _RETRY_S > deadline:
                     raise UnavailableError(f"the only copy of the content is gone: {exc.message}") from None
-            await trio.sleep(_RETRY_S)
+            await interrupt.pause(_RETRY_S)
 
     def _unassign(self) -> None:
         """Forget a write state in which nothing was written."""

@@ -15,6 +15,8 @@ from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
 from alluxiofuse.config import ClientConfig
 from alluxiofuse.errors import UnavailableError
+from alluxiofuse.rpc import interrupt
+from alluxiofuse.wire.types import Attr, Layout
 
 if TYPE_CHECKING:
     from alluxiofuse.client.content import Content
@@ -26,6 +28,7 @@ _RETRY_S = 0.2
 OUTAGE_MEMORY_S = 30.0
 """An outage that nobody has met for so long is over: the next failure begins another one."""
 MAX_KERNEL_CONTAINERS = 100_000
+MAX_RECENT_CONTENTS = 2000
 
 
 class KernelPages:
@@ -65,6 +68,33 @@ class KernelPages:
         self._containers.clear()
 
 
+class RecentContents:
+    """Attributes and layouts of inodes that were open here lately and have not changed since, so that
+    they can be opened while the master is away for a moment; bounded, least recent first out."""
+
+    def __init__(self, max_count: int = MAX_RECENT_CONTENTS) -> None:
+        self._max_count = max_count
+        self._known: OrderedDict[int, tuple[Attr, Layout]] = OrderedDict()
+
+    def closed(self, ino: int, attr: Attr, layout: Layout) -> None:
+        if layout.home or attr.container != layout.container:
+            self.forget(ino)
+            return
+        self._known[ino] = attr, layout
+        self._known.move_to_end(ino)
+        if len(self._known) > self._max_count:
+            self._known.popitem(last=False)
+
+    def get(self, ino: int) -> tuple[Attr, Layout] | None:
+        return self._known.get(ino)
+
+    def forget(self, ino: int) -> None:
+        self._known.pop(ino, None)
+
+    def clear(self) -> None:
+        self._known.clear()
+
+
 @dataclass(slots=True, eq=False)
 class Core:
     """Constant after construction; each part belongs to the FileSystem's trio thread."""
@@ -77,6 +107,7 @@ class Core:
     kernel_pages: KernelPages
     contents: dict[int, Content] = field(default_factory=dict)
     """Of the inodes that are open, by number."""
+    recent: RecentContents = field(default_factory=lambda: RecentContents())
     transition_count: int = 0
     """How often writing began or ended in this client: answers to what was asked before may be out of
     date without an event that says so (a session is not told of its own changes)."""
@@ -89,6 +120,8 @@ class Core:
         """One open file of `content` ended."""
         if not content.files and self.contents.get(content.ino) is content:
             del self.contents[content.ino]
+            if content.writing is None and not content.is_stale:
+                self.recent.closed(content.ino, content.attr, content.layout)
             content.drop_slab()
         self.session.release(content.ino)
 
@@ -108,7 +141,7 @@ class Core:
             else:
                 self.outage_since_s = None
                 return result
-            await trio.sleep(_RETRY_S)
+            await interrupt.pause(_RETRY_S)
             await self.workers.refresh()
 
     def _outage_deadline(self) -> float:

@@ -164,6 +164,7 @@ class FileSystem:
             return
         elif event.kind == EVENT_DATA:
             self._core.kernel_pages.forget(event.ino)
+        self._core.recent.forget(event.ino)
         content = self._contents.get(event.ino)
         if content is not None and event.kind in (EVENT_ATTR, EVENT_DATA):
             content.is_stale = True
@@ -174,6 +175,7 @@ class FileSystem:
 
     def all_changed(self) -> None:
         self._core.kernel_pages.clear()
+        self._core.recent.clear()
         for content in self._contents.values():
             content.is_stale = True
 
@@ -189,6 +191,12 @@ class FileSystem:
         return await self._live(await self._ask(ops.Lookup(who, parent, name)))
 
     async def getattr(self, ino: int) -> Attr:
+        content = self._contents.get(ino)
+        if content is not None and not self._session.is_connected and content.is_sealed:
+            # Of an open file; the kernel wants them before it reads. Names are looked up elsewhere.
+            return content.attr
+        if content is None and (known := self._known_alone(ino)) is not None:
+            return known[0]
         return await self._live(await self._ask(ops.GetAttr(ino)))
 
     async def _live(self, attr: Attr) -> Attr:
@@ -253,6 +261,7 @@ class FileSystem:
             written = await self._ask_home(attr, worker_ops.ForgetMtime(attr.container))
             if written:
                 attr = await self._session.call(msgspec.structs.replace(request, written_ns=written))
+        self._core.recent.forget(ino)
         content = self._contents.get(ino)
         if content is not None:
             content.attr = attr
@@ -330,6 +339,8 @@ class FileSystem:
 
     def _let_go(self, unlinked: ops.Unlinked | None) -> None:
         """The worker can drop what nobody has open and no name leads to."""
+        if unlinked is not None:
+            self._core.recent.forget(unlinked.ino)
         if unlinked is not None and not unlinked.nlink:
             self._core.slabs.freed(unlinked.container)
             self._core.kernel_pages.forget(unlinked.ino)
@@ -383,9 +394,8 @@ class FileSystem:
         UnavailableError (EIO): it shall be written and no worker is running."""
 
         async def ask(home: int) -> ops.Created:
-            return await self._session.call(
-                ops.Create(who, self._session.id, parent, name, mode, bool(flags & os.O_EXCL), home)
-            )
+            request = ops.Create(who, self._session.id, parent, name, mode, bool(flags & os.O_EXCL), home)
+            return await self._session.call(request, on_late=self._opened_late)
 
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         asked_at = self._core.transition_count
@@ -407,9 +417,31 @@ class FileSystem:
         """open(2) of an inode; O_TRUNC is done here, O_APPEND is kept in the file."""
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
         asked_at = self._core.transition_count
-        opened = await self._ask(ops.Open(who, self._session.id, ino, is_writer))
+        known = None if is_writer else self._known_alone(ino)
+        if known is not None:
+            # The master hears of it when it is back, from the list of what is open.
+            content = self._opened(*known, asked_at)
+            return await self._finish_open(content, known[1], flags)
+        request = ops.Open(who, self._session.id, ino, is_writer)
+        opened = await self._session.call(request, is_idempotent=True, on_late=self._opened_late)
         content = self._opened(opened.attr, opened.layout, asked_at)
         return await self._finish_open(content, opened.layout, flags)
+
+    def _known_alone(self, ino: int) -> tuple[Attr, Layout] | None:
+        """While the master is away, and what was heard from it may still be believed: what is known of an
+        inode that is, or was lately, open for reading here."""
+        if self._session.is_connected or not self._session.is_watch_healthy:
+            return None
+        content = self._contents.get(ino)
+        if content is None:
+            return self._core.recent.get(ino)
+        if content.is_stale or not content.is_sealed:
+            return None
+        return content.attr, content.layout
+
+    def _opened_late(self, answer: ops.Opened | ops.Created) -> None:
+        """Whoever asked for it has gone away."""
+        self._session.release(answer.attr.ino)
 
     def _opened(self, attr: Attr, layout: Layout, asked_at: int) -> Content:
         """The master has counted an open: an OpenFile must follow without an await. `asked_at`: the

@@ -21,10 +21,12 @@ from alluxiofuse.errors import (
     ConnectionLost,
     FsError,
     NoSpaceError,
+    SessionExpiredError,
     StaleError,
     UfsChangedError,
     UnavailableError,
 )
+from alluxiofuse.rpc import interrupt
 from alluxiofuse.rpc.base import Buffer, Connection
 from alluxiofuse.wire import worker_ops
 from alluxiofuse.wire.types import Layout
@@ -78,7 +80,12 @@ async def read(
     if content.writing is not None:
         return await _read_own(file, content, offset, size)
     if content.is_stale:
-        await content.refresh()
+        try:
+            await content.refresh(is_patient=False)
+        except (ConnectionLost, SessionExpiredError):
+            if not content.layout.container or content.layout.home:
+                await content.refresh()
+            # Else the master is away: what was opened stays readable, as it was then.
     layout, slab = content.layout, content.slab
     if content.replaced and file.read_container in content.replaced:
         raise StaleError("the file was replaced in the under storage while it was read")
@@ -211,7 +218,7 @@ class _Attempts:
             return
         if isinstance(exc, ChecksumError) or trio.current_time() + _RETRY_S > self._deadline:
             raise exc
-        await trio.sleep(_RETRY_S)
+        await interrupt.pause(_RETRY_S)
         self._excluded.clear()
         await self._core.workers.refresh()
         await self._content.refresh()

@@ -4,19 +4,20 @@ session or connection."""
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 import msgspec
 import trio
 
 from alluxiofuse.client.request_ids import RequestIds
-from alluxiofuse.errors import AlluxioFuseError, ConnectionLost, SessionExpiredError
+from alluxiofuse.errors import AlluxioFuseError, ConnectionLost, ForeignStateError, SessionExpiredError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.rpc.reconnecting import MAX_ATTEMPTS, NotSentError, Reconnecting
 from alluxiofuse.rpc.tally import tally
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.messages import Change, Request
-from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event
+from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event, StateMark
 
 log = logging.getLogger(__name__)
 R = TypeVar("R")
@@ -59,11 +60,15 @@ class SessionHooks(Protocol):
         """All events of a poll were told: send what must be done before they count as applied."""
 
 
-async def ask_again(connection: Connection, request: Request[R]) -> R:
+async def ask_again(
+    connection: Connection, request: Request[R], on_late: Callable[[R], None] | None = None
+) -> R:
     """A call that may be done twice: sent again when the connection broke under it."""
-    if isinstance(connection, Reconnecting):
-        return await connection.call(request, is_idempotent=True)
-    return await connection.call(request)
+    if not isinstance(connection, Reconnecting):
+        return await connection.call(request)
+    answer = await connection.exchange(request, on_late=on_late, is_idempotent=True)
+    answer.close_fds()
+    return answer.result
 
 
 class Session:
@@ -81,6 +86,11 @@ class Session:
         self._event_seq = 0
         self._healthy_until = -1.0
         """trio time until which what was cached may be believed without a word from the master."""
+        self._seen = StateMark()
+        """What the master's state held when it was last heard of; another state is none to go on with."""
+        self._is_refused = False
+        self._told: dict[str, int] = {}
+        """Counters that the master knows."""
         self._renewing = trio.Lock()
         self._ids = RequestIds()
         self._released: list[int] = []
@@ -97,6 +107,11 @@ class Session:
     def is_watch_healthy(self) -> bool:
         return self._healthy_until > trio.current_time()
 
+    @property
+    def is_connected(self) -> bool:
+        """A master is there, as far as we know."""
+        return not isinstance(self._master, Reconnecting) or self._master.current is not None
+
     # --- life ---------------------------------------------------------------------------------------
 
     async def open(self) -> None:
@@ -112,28 +127,52 @@ class Session:
     async def resume(self, connection: Connection) -> None:
         """`Reconnecting.on_connected`: before anything else is asked on a new connection, the master
         hears exactly what is open, whatever was lost with the old one."""
-        if self.id:
+        if not self.id:
+            return
+        try:
             await self._renew(connection)
+        except ForeignStateError as exc:
+            if not self._is_refused:
+                log.error("the master refuses this client: %s", exc.message)
+            self._is_refused = True
+            raise
+        self._is_refused = False
 
-    async def call(self, request: Request[R], *, is_idempotent: bool = False) -> R:
+    async def call(
+        self,
+        request: Request[R],
+        *,
+        is_idempotent: bool = False,
+        on_late: Callable[[R], None] | None = None,
+    ) -> R:
         """Ask the master; once more in a new session when it does not know ours any more. A Change is
         carried out once, however often connections break and masters end meanwhile; only when the
         session is lost too can it not be known whether that has happened: ConnectionLost. `is_idempotent`:
-        then it is simply done again."""
+        then it is simply done again. `on_late`: see `Connection.exchange`."""
         if isinstance(request, Change) and self._master.may_lose_answers:
             slot = await self._ids.take()
             try:
-                return await self._change(request, slot, is_idempotent)
+                return await self._change(request, slot, is_idempotent, on_late)
             finally:
                 self._ids.give_back(slot)
         try:
             if is_idempotent:
-                return await ask_again(self._master, request)
+                return await ask_again(self._master, request, on_late)
             return await self._master.call(request)
         except SessionExpiredError:
             if not await self._renewed(request):
                 raise
         return await self._master.call(msgspec.structs.replace(request, session_id=self.id))
+
+    async def call_now(self, request: Request[R], on_late: Callable[[R], None]) -> R:
+        """Ask a master that is there now: ConnectionLost at once when there is none, or it goes away."""
+        link = self._master
+        connection = link.current if isinstance(link, Reconnecting) else link
+        if connection is None:
+            raise ConnectionLost("the master is away")
+        answer = await connection.exchange(request, on_late=on_late)
+        answer.close_fds()
+        return answer.result
 
     async def _renewed(self, request: Request[R]) -> bool:
         """There is a new session in place of the request's; False when it did not name ours."""
@@ -145,12 +184,16 @@ class Session:
                 await self._renew(self._master)
         return True
 
-    async def _change(self, request: Change[R], slot: int, is_idempotent: bool) -> R:
+    async def _change(
+        self, request: Change[R], slot: int, is_idempotent: bool, on_late: Callable[[R], None] | None
+    ) -> R:
         request = msgspec.structs.replace(request, request_id=self._ids.next(slot))
         lost: ConnectionLost | None = None
         for _ in range(MAX_ATTEMPTS):
             try:
-                return await self._master.call(request)
+                answer = await self._master.exchange(request, on_late=on_late)
+                answer.close_fds()
+                return answer.result
             except NotSentError:
                 raise
             except ConnectionLost as exc:
@@ -172,14 +215,15 @@ class Session:
         Single flight, by the lock or because the new connection is nobody else's yet."""
         old, inos = self.id, self._hooks.open_inos() + self._released + self._releasing
         try:
-            grant = await connection.call(ops.OpenSession(self._name, self._hostname, old, inos))
+            grant = await connection.call(ops.OpenSession(self._name, self._hostname, old, inos, self._seen))
         except SessionExpiredError:
             inos = self._hooks.open_inos()
-            grant = await connection.call(ops.OpenSession(self._name, self._hostname, 0, inos))
+            grant = await connection.call(ops.OpenSession(self._name, self._hostname, 0, inos, self._seen))
             self._released.clear()  # they were the old session's
             log.warning("the master had given our session up: a new one with %d open files", len(inos))
         self.id = grant.session_id
         self._lease_s = grant.lease_s
+        self._told = {}
         if grant.session_id != old:
             self._take(grant)
             self._tell_reset()
@@ -187,6 +231,7 @@ class Session:
     def _take(self, grant: ops.SessionGrant) -> None:
         self.id = grant.session_id
         self._lease_s = grant.lease_s
+        self._seen = grant.state
         self._event_seq = grant.event_seq
         self._healthy_until = trio.current_time() + grant.lease_s
 
@@ -208,13 +253,15 @@ class Session:
         asked_at = trio.current_time()
         wait_s = max(0.1, min(60.0, self._lease_s / 3))
         try:
-            request = ops.Watch(self.id, self._event_seq, wait_s)
+            counters = dict(tally)
+            request = ops.Watch(self.id, self._event_seq, wait_s, {} if counters == self._told else counters)
             answer = await self.call(request, is_idempotent=True)
         except AlluxioFuseError as exc:
             log.debug("the watch failed: %s", exc)
             return False
         if request.session_id != self.id:
             return True  # its numbers are another session's
+        self._seen, self._told = answer.state, counters
         if answer.is_reset:
             self._tell_reset()
         for event in answer.events:

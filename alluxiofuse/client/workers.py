@@ -11,6 +11,7 @@ from alluxiofuse.client.session import ask_again
 from alluxiofuse.errors import AlluxioFuseError, PeerError, UnavailableError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.rpc.client import connect_tcp, connect_unix
+from alluxiofuse.rpc.reconnecting import Reconnecting
 from alluxiofuse.rpc.security import Security
 from alluxiofuse.wire import master_ops, worker_ops
 from alluxiofuse.wire.types import Layout, WorkerAddress, WorkerInfo
@@ -22,6 +23,8 @@ REFRESH_S = 10.0
 this is `MIN_REFRESH_S`."""
 MIN_REFRESH_S = 0.25
 LATELY_S = 30.0
+RESTART_S = 2.0
+"""How long workers that were stopped, and said so, are waited for: they may be restarted."""
 DOWN_S = 1.0
 """A worker that could not be reached is dialled again after this, then after ever longer pauses."""
 MAX_DOWN_S = 5.0
@@ -168,6 +171,8 @@ class WorkerPool:
             now = trio.current_time()
             if now - self._listed_at < max_age_s:
                 return
+            if self._infos and isinstance(self._master, Reconnecting) and self._master.current is None:
+                return  # The master is away: what it said last will do.
             try:
                 infos = await ask_again(self._master, master_ops.ListWorkers())
             except AlluxioFuseError as exc:
@@ -176,6 +181,8 @@ class WorkerPool:
             self._listed_at = now
             if any(info.is_alive for info in infos):
                 self._seen_at = now
+            elif infos and all(info.has_left for info in infos):
+                self._seen_at = min(self._seen_at, now - LATELY_S + RESTART_S)
             self._infos = {info.address.worker_id: info for info in infos if info.is_alive}
             tiers = [tier.capacity_bytes for info in self._infos.values() for tier in info.tiers]
             self.smallest_tier_bytes = min(tiers, default=0)

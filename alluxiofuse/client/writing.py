@@ -33,6 +33,7 @@ from alluxiofuse.errors import (
     UnavailableError,
 )
 from alluxiofuse.ids import MAX_FILE_BYTES, PAGE_BYTES
+from alluxiofuse.rpc import interrupt
 from alluxiofuse.rpc.base import Buffer, Connection, FileRange
 from alluxiofuse.wire import worker_ops
 from alluxiofuse.wire.messages import Request
@@ -179,7 +180,7 @@ class Writing:
                 self._core.workers.failed(self.worker_id)
                 if trio.current_time() + _RETRY_S > deadline:
                     raise
-                await trio.sleep(_RETRY_S)
+                await interrupt.pause(_RETRY_S)
 
     async def _begin_once(self, reserve_bytes: int) -> None:
         connection = await self._core.workers.connection(self.worker_id)
@@ -277,7 +278,7 @@ class Writing:
                 if trio.current_time() + _RETRY_S > deadline:
                     raise
                 slab.drop()
-                await trio.sleep(_RETRY_S)
+                await interrupt.pause(_RETRY_S)
 
     async def end(self) -> WriteEnd:
         """Wait for writes under way, then end: `result`. When the worker refuses, it stays begun. When

@@ -17,6 +17,7 @@ import pyfuse3
 
 from alluxiofuse.descriptors import EXHAUSTED
 from alluxiofuse.errors import AlluxioFuseError, FsError, StaleError
+from alluxiofuse.rpc.interrupt import serving
 
 log = logging.getLogger("alluxiofuse.fuse")
 
@@ -82,6 +83,12 @@ def errno_of(troubles: Troubles, handler: str, exc: Exception) -> int:
     return errno.EIO
 
 
+def _thread_of(args: tuple[object, ...]) -> int:
+    """Who asks; 0 where the kernel does not say so, or must not be answered before all is done (flush)."""
+    context = args[-1] if args else None
+    return getattr(context, "pid", 0)
+
+
 def guarded(
     handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
@@ -90,6 +97,7 @@ def guarded(
 
     @functools.wraps(handler)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        serving.set(_thread_of(args))
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:
@@ -110,6 +118,7 @@ def guarded_by_inode(
 
     @functools.wraps(handler)
     async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        serving.set(_thread_of(args))
         try:
             return await handler(self, *args, **kwargs)
         except pyfuse3.FUSEError:

@@ -46,6 +46,8 @@ class MountOptions:
     """Of the mount, only root may set it; None: a good one."""
     session: str = "auto"
     is_nonempty_allowed: bool = False
+    master_patience_s: float | None = None
+    """How long programs wait for a master that is away, before EIO."""
     write_type: str | None = None
     secret_file: str | None = None
     config_file: str | None = None
@@ -137,6 +139,13 @@ def _attr_timeout(options: MountOptions, value: str) -> None:
     options.cache_limit_s = seconds
 
 
+def _master_patience(options: MountOptions, value: str) -> None:
+    seconds = _seconds("master_patience", value)
+    if not 0 <= seconds <= 1e9:
+        raise UserError(f"master_patience={value}: write seconds, 0 for an error at once")
+    options.master_patience_s = seconds
+
+
 def _sync_interval(options: MountOptions, value: str) -> None:
     raise UserError(
         "sync_interval belongs to an under storage, not to a mount of the namespace: give --sync-interval to "
@@ -163,6 +172,7 @@ _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "session": _session,
     "write_type": _write_type,
     "attr_timeout": _attr_timeout,
+    "master_patience": _master_patience,
     "sync_interval": _sync_interval,
     "read_ahead": _read_ahead,
     "secret_file": lambda options, value: _text("secret_file", options, value),

@@ -1,7 +1,8 @@
 """Whether the program that is waiting for us has been told to stop.
 
 A program's system call that is a request to our daemon can't be broken off by the kernel: it waits for
-the answer, even with a fatal signal pending. So who waits for a peer for long looks now and then
+the answer, even with a fatal signal pending (fs/fuse/dev.c, request_wait_answer), and libfuse does not
+tell us of the signal in a way that pyfuse3 passes on. So who waits for a peer for long looks now and then
 whether the waiting thread has such a signal, and then answers EINTR.
 
 Who serves a program's request names its thread (`serving`); tasks inherit it. What is done on nobody's
@@ -34,16 +35,14 @@ not expect EINTR of stat(2)."""
 
 
 def is_told_to_stop(thread: int) -> bool:
-    """A stopping signal that is neither blocked nor ignored is pending for the thread, or it is gone."""
+    """A stopping signal that is neither blocked nor ignored is pending for the thread."""
     if not thread:
         return False
     try:
         with open(f"/proc/{thread}/status", "rb") as file:
             text = file.read()
-    except FileNotFoundError:
-        return True
     except OSError:
-        return False  # Not ours to look at.
+        return False  # Not of our namespace of processes, or not ours to look at.
     masks = {}
     for line in text.splitlines():
         name, _, value = line.partition(b":\t")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Annotated, ClassVar
 
-from msgspec import Meta
+from msgspec import Meta, field
 
 from alluxiofuse.wire.messages import (
     U32,
@@ -42,6 +42,7 @@ from alluxiofuse.wire.types import (
     Layout,
     MountInfo,
     OrphanSeal,
+    StateMark,
     Tier,
     WorkerAddress,
     WorkerInfo,
@@ -60,6 +61,8 @@ class OpenSession(Request["SessionGrant"]):
     hostname: Text
     session_id: Id = 0
     open_inos: Annotated[list[int], Meta(max_length=1 << 20)] = []
+    seen: StateMark = field(default_factory=StateMark)
+    """ForeignStateError when the master's state does not go on from there: ids would mean other things."""
 
 
 class SessionGrant(Message):
@@ -69,6 +72,7 @@ class SessionGrant(Message):
     event_seq: U63
     """Where the first `Watch` starts."""
     cluster_id: Text
+    state: StateMark = field(default_factory=StateMark)
 
 
 class SessionHeartbeat(Request[Nothing]):
@@ -89,6 +93,8 @@ class Watch(Request["WatchAnswer"]):
     session_id: Id
     after: U63
     wait_s: Annotated[float, Meta(ge=0, le=60)]
+    counters: Counters = {}
+    """What went wrong at the client since it started: see `rpc.tally`. Empty: nothing new."""
 
 
 class WatchAnswer(Message):
@@ -97,6 +103,8 @@ class WatchAnswer(Message):
     is_reset: bool
     """Events were missed: everything that is cached is void."""
     events: list[Event]
+    state: StateMark = field(default_factory=StateMark)
+    """What of the master's state may be remembered now."""
 
 
 # --- names ----------------------------------------------------------------------------------------
@@ -560,6 +568,8 @@ class RegisterWorker(Request["Registration"]):
     version: Text
     life: Annotated[str, Meta(max_length=64)] = ""
     """Of this process, by chance: another one with the same uuid is a restart, or a copy."""
+    seen: StateMark = field(default_factory=StateMark)
+    """As in OpenSession."""
 
 
 class Registration(Message):
@@ -567,6 +577,7 @@ class Registration(Message):
     epoch: Id
     """Of this registration; heartbeats carry it, an old one gets SessionExpiredError."""
     heartbeat_s: float
+    state: StateMark = field(default_factory=StateMark)
 
 
 class ReportBlocks(Request["BlocksAccepted"]):
@@ -587,7 +598,7 @@ class BlocksAccepted(Message):
     """Reported dirty, but persisted meanwhile: mark them clean."""
 
 
-class WorkerHeartbeat(Request[Nothing]):
+class WorkerHeartbeat(Request[StateMark]):
     """Every `heartbeat_s`. SessionExpiredError: register again."""
 
     OP: ClassVar[str] = "master.worker_heartbeat"
@@ -599,6 +610,14 @@ class WorkerHeartbeat(Request[Nothing]):
     dirty_bytes: U63
     counters: Counters = {}
     """As in WorkerInfo."""
+
+
+class WorkerGoodbye(Request[Nothing]):
+    """The worker ends now, with all that it holds in its place: nobody need wait for it."""
+
+    OP: ClassVar[str] = "master.worker_goodbye"
+    worker_id: Id
+    epoch: Id
 
 
 class WorkerCommands(Request[list[Command]]):

@@ -11,6 +11,17 @@ from alluxiofuse.wire.messages import U32, U63, Id, Ino, Message, Name, Ns, Path
 Counters = Annotated[dict[Annotated[str, Meta(max_length=64)], U63], Meta(max_length=256)]
 """Name -> how often it happened since the process started."""
 
+
+class StateMark(Message):
+    """Which state of a master somebody has seen; the next master must go on from there."""
+
+    cluster_id: Annotated[str, Meta(max_length=64)] = ""
+    """"": none yet."""
+    sequence: U63 = 0
+    """Number of a commit that was on the master's disk. Grows with every commit of a state, also from
+    life to life; a smaller one means that the state is an older version."""
+
+
 # --- who asks -----------------------------------------------------------------------------------
 
 
@@ -147,6 +158,8 @@ class WorkerInfo(Message):
     version: Text = ""
     counters: Counters = {}
     """What happened at the worker: work done, failures, retries, what was dropped."""
+    has_left: bool = False
+    """It was stopped, and said so."""
 
 
 class BlockReport(Message):
