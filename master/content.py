@@ -46,6 +46,8 @@ class Workers(Protocol):
 
     def drop_container(self, container: int, also: int = 0) -> None: ...
 
+    def sealed(self, worker_id: int, container: int) -> None: ...
+
 
 class Content:
     def __init__(
@@ -325,6 +327,7 @@ class Content:
         record.held_by = home
         record.home = record.base_container = record.base_size = record.mtime_set_at_ns = 0
         tx.delete("meta", OPEN + u64(ino))
+        tx.after_commit(partial(self._workers.sealed, home, record.container))
         if base:
             forget_container(tx, base)
             tx.after_commit(partial(self._workers.drop_container, base, base_holder))

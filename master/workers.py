@@ -79,6 +79,10 @@ class Worker:
     """Set while there is something to fetch; replaced when all was taken."""
     known_containers: int = 0
     """Container ids below this were given before it registered, so its full report names those it has."""
+    sealed: set[int] = field(default_factory=set)
+    sealed_before: set[int] = field(default_factory=set)
+    """Containers sealed there since its last heartbeat, and since the one before: no report may have named
+    them yet."""
     answered_at_s: float = -1.0
     """When commands were last fetched, on trio's clock."""
 
@@ -258,6 +262,7 @@ class WorkerRegistry:
         worker = self._known(request.worker_id, request.epoch)
         was_silent = self._is_silent(worker)
         worker.seen_at_s = self._clock.monotonic()
+        worker.sealed, worker.sealed_before = set(), worker.sealed
         worker.tiers = request.tiers
         worker.dirty_bytes = request.dirty_bytes
         worker.counters = request.counters
@@ -334,8 +339,14 @@ class WorkerRegistry:
         if not self.is_alive(worker_id):
             return True
         worker = self._workers[worker_id]
-        is_known = worker.is_complete and container < worker.known_containers
-        return is_known and container not in worker.blocks
+        if container in worker.blocks or container in worker.sealed or container in worker.sealed_before:
+            return False
+        return worker.is_complete and container < worker.known_containers
+
+    def sealed(self, worker_id: int, container: int) -> None:
+        """It has this one, which its next reports will say."""
+        if (worker := self._workers.get(worker_id)) is not None:
+            worker.sealed.add(container)
 
     def was_heard_lately(self, worker_id: int) -> bool:
         """It may be given new content; what can do without it need not wait for it."""

@@ -16,7 +16,8 @@ import os
 import random
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from daemons import Site
@@ -59,6 +60,8 @@ class Harness:
         self._seed = seed
         self._say = say
         self._rounds = 0
+        self._spent: dict[str, float] = {}
+        """Seconds of this round, by what they went to."""
         self._acknowledged = Acknowledged()
         self.players: list[Player] = []
         for number in range(players_per_mount * len(self.mounts)):
@@ -87,7 +90,8 @@ class Harness:
             try:
                 self._round(fault, random.Random(f"{self._seed} {fault.name} {number}"))
                 if number % STORE_CHECK_ROUNDS == STORE_CHECK_ROUNDS - 1 or number == count - 1:
-                    self.check_store(random.Random(f"{self._seed} {fault.name} {number} store"))
+                    with self._timed("store"):
+                        self.check_store(random.Random(f"{self._seed} {fault.name} {number} store"))
             except (AssertionError, TimeoutError) as exc:
                 self._hold(exc)
                 for player in self.players:
@@ -95,16 +99,19 @@ class Harness:
                 raise FaultFailure(
                     f"FAULTS_SEED={self._seed}: {fault.name}, round {number + 1}: {exc}\n{self._logs()}"
                 ) from exc
+            spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in self._spent.items())
+            self._spent.clear()
             self._say(
                 f"{fault.name} {number + 1}/{count}: {self._acknowledged.count} operations acknowledged, "
-                f"{time.monotonic() - began:.1f} s; {dict(sorted(self.counts.items()))}"
+                f"{time.monotonic() - began:.1f} s ({spent}); {dict(sorted(self.counts.items()))}"
             )
 
     def _round(self, fault: Fault, dice: random.Random) -> None:
         for player in self.players:
             player.start(random.Random(f"{dice.random()} {player.name}"))
-        self._work(dice.randrange(20, 300))
-        time.sleep(dice.random() * 0.01)
+        with self._timed("work"):
+            self._work(dice.randrange(20, 300))
+            time.sleep(dice.random() * 0.01)
         aim = fault.aim(dice)
         for player in self.players:
             player.is_struck = player.mount in aim.felt
@@ -114,19 +121,29 @@ class Harness:
         dying = [player for player in self.players if player.mount in aim.dead]
         for player in dying:
             player.join()
-        fault.heal(dice)
-        self._work(dice.randrange(10, 60))
-        for player in self.players:
-            player.stop()
+        with self._timed("heal"):
+            fault.heal(dice)
+        with self._timed("work after it"):
+            self._work(dice.randrange(10, 60))
+            for player in self.players:
+                player.stop()
         for player in dying:
             player.ask("forget")
             for world in player.worlds:
                 world.lose_handles()
-        self.check()
+        with self._timed("check"):
+            self.check()
         if dice.random() < 0.5:
-            self.settle()
+            with self._timed("settle"):
+                self.settle()
         for player in self.players:
             player.is_struck = False
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self._spent[name] = self._spent.get(name, 0.0) + time.monotonic() - began
 
     def _work(self, count: int) -> None:
         """Until so many more operations were acknowledged, or nobody works any more."""

@@ -134,6 +134,24 @@ def test_alive_while_clean_containers_are_still_reported(tmp_path: Path) -> None
     run(test, tmp_path)
 
 
+def test_what_was_sealed_since_the_last_report_is_not_away(tmp_path: Path) -> None:
+    """A write that was begun before the worker restarted, and ended after its full report."""
+
+    async def test(cluster: Cluster) -> None:
+        while (container := new_container(cluster.store)) < 9:
+            pass
+        grant = cluster.worker("1")
+        assert cluster.registry.is_away(grant.worker_id, container)
+        cluster.registry.sealed(grant.worker_id, container)
+        assert not cluster.registry.is_away(grant.worker_id, container)
+        cluster.beat(grant)
+        assert not cluster.registry.is_away(grant.worker_id, container), "it may have been under way"
+        cluster.beat(grant)
+        assert cluster.registry.is_away(grant.worker_id, container), "it would have said so"
+
+    run(test, tmp_path)
+
+
 def test_home_is_the_preferred_or_the_roomiest(tmp_path: Path) -> None:
     async def test(cluster: Cluster) -> None:
         small, large = cluster.worker("1", room=10), cluster.worker("2", room=1000)
