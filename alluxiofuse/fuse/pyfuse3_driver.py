@@ -24,6 +24,7 @@ class PyFuse3Driver:
     name = "pyfuse3"
     reply_entry = staticmethod(pyfuse3.readdir_reply)
     new_attributes = pyfuse3.EntryAttributes
+    max_read_bytes = 1 << 20
 
     def __init__(self) -> None:
         self.kernel = PyFuse3Kernel()

@@ -81,6 +81,10 @@ class Driver(Protocol):
     @property
     def new_attributes(self) -> Callable[[], pyfuse3.EntryAttributes]: ...
 
+    @property
+    def max_read_bytes(self) -> int:
+        """The kernel asks for no more at once."""
+
     def mount(self, operations: Operations, mountpoint: str, options: MountOptions, fsname: str) -> None:
         """UserError in one line when it can't be done."""
 
@@ -175,7 +179,7 @@ class _Session:
         if handle_signals:
             await nursery.start(self._wait_for_signal, stop)
         await trio.to_thread.run_sync(os.statvfs, self._mountpoint)
-        await trio.to_thread.run_sync(tune, self._mountpoint, self._options)
+        await trio.to_thread.run_sync(tune, self._mountpoint, self._options, self._driver.max_read_bytes)
         task_status.started()
         if on_ready is not None:
             on_ready()
@@ -257,14 +261,17 @@ def plain(fsname: str) -> str:
     )
 
 
-def tune(mountpoint: str, options: MountOptions) -> None:
-    """Larger read-ahead and more of it at once. Only root can; without it reads are slower, no more."""
+def tune(mountpoint: str, options: MountOptions, max_read_bytes: int) -> None:
+    """Larger read-ahead, in whole requests, and more of it at once. Only root can; without it reads are
+    slower, no more."""
     if os.geteuid() != 0:
         return
     mount = mountpoints.mount_at(mountpoint)
     if mount is None:
         return
     read_ahead = READ_AHEAD_BYTES if options.read_ahead_bytes is None else options.read_ahead_bytes
+    if read_ahead > max_read_bytes:
+        read_ahead -= read_ahead % max_read_bytes
     _write_setting(Path("/sys/class/bdi") / mount.device / "read_ahead_kb", read_ahead >> 10)
     connection = Path("/sys/fs/fuse/connections") / mount.device.partition(":")[2]
     _write_setting(connection / "max_background", MAX_BACKGROUND)

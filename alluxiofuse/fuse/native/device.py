@@ -132,12 +132,12 @@ class Device:
             os.close(fd)
 
 
-def mount(mountpoint: str, options: MountOptions, fsname: str) -> Device:
+def mount(mountpoint: str, options: MountOptions, fsname: str, max_read: int) -> Device:
     """UserError in one line when it can't be done."""
     try:
         if os.geteuid() == 0:
-            return Device(_mount_as_root(mountpoint, options, fsname))
-        return Device(_mount_by_helper(mountpoint, options, fsname))
+            return Device(_mount_as_root(mountpoint, options, fsname, max_read))
+        return Device(_mount_by_helper(mountpoint, options, fsname, max_read))
     except OSError as exc:
         if exc.errno == errno.ENOENT and not os.path.exists("/dev/fuse"):
             reason = "there is no /dev/fuse: `modprobe fuse`, or in a container --device /dev/fuse"
@@ -148,7 +148,7 @@ def mount(mountpoint: str, options: MountOptions, fsname: str) -> Device:
         raise UserError(f"cannot mount at {mountpoint}: {reason}") from None
 
 
-def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str) -> int:
+def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str, max_read: int) -> int:
     fd = os.open("/dev/fuse", os.O_RDWR | os.O_CLOEXEC)
     try:
         mode = os.stat(mountpoint).st_mode
@@ -157,7 +157,7 @@ def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str) -> int:
         names |= {no for no, yes in (("nosuid", "suid"), ("nodev", "dev")) if yes not in given}
         flags = sum(_MS[name] for name in names if name in _MS)
         data = [
-            f"max_read={max_read_bytes()}",
+            f"max_read={max_read}",
             f"fd={fd}",
             f"rootmode={mode & 0o170000:o}",
             "user_id=0",
@@ -183,14 +183,14 @@ def _mount_as_root(mountpoint: str, options: MountOptions, fsname: str) -> int:
         raise
 
 
-def _mount_by_helper(mountpoint: str, options: MountOptions, fsname: str) -> int:
+def _mount_by_helper(mountpoint: str, options: MountOptions, fsname: str, max_read: int) -> int:
     """fusermount3 mounts for us, and sends the descriptor through a socket that it inherits."""
     helper = shutil.which("fusermount3")
     if helper is None:
         raise UserError(f"cannot mount at {mountpoint}: not root, and fusermount3 is not installed")
     escaped = fsname.replace("\\", "\\\\").replace(",", "\\,")
     words = ["default_permissions", "subtype=alluxiofuse", f"fsname={escaped}", *options.kernel]
-    words.append(f"max_read={max_read_bytes()}")
+    words.append(f"max_read={max_read}")
     words += ["ro"] * options.is_readonly + ["allow_other"] * options.is_allowed_for_others
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
     with ours, theirs:

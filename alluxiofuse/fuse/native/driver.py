@@ -21,7 +21,7 @@ from alluxiofuse.client.reading import InSlab
 from alluxiofuse.errors import UserError
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Init, Op
-from alluxiofuse.fuse.native.device import Device, Ended, mount
+from alluxiofuse.fuse.native.device import Device, Ended, max_read_bytes, mount
 from alluxiofuse.fuse.native.dispatch import Dispatcher, Handler, Payload, reply_entry
 from alluxiofuse.fuse.native.messages import Malformed, Request
 
@@ -122,6 +122,7 @@ class NativeDriver:
 
     def __init__(self) -> None:
         self._device: Device | None = None
+        self._max_read_bytes = max_read_bytes()
         self.kernel = NativeKernel(lambda: self._device)
         self._dispatcher: Dispatcher | None = None
         self._nursery: trio.Nursery | None = None
@@ -135,9 +136,13 @@ class NativeDriver:
         """unique -> of a request that may be interrupted and whose handler waits."""
         self._malformed_count = 0
 
+    @property
+    def max_read_bytes(self) -> int:
+        return self._max_read_bytes
+
     def mount(self, operations: Any, mountpoint: str, options: Any, fsname: str) -> None:
         self._dispatcher = Dispatcher(operations)
-        self._device = mount(mountpoint, options, fsname)
+        self._device = mount(mountpoint, options, fsname, self._max_read_bytes)
 
     # --- INIT -------------------------------------------------------------------------------------------
 
