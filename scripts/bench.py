@@ -204,6 +204,47 @@ def small_create(place: Place) -> float:
     return place.file_count / timed(create)
 
 
+def small_create_synced(place: Place) -> float:
+    """Each file, and then its name, made to survive a loss of power before the next is begun."""
+    data = os.urandom(SMALL_BYTES)
+    directory = place.root / "synced"
+    directory.mkdir()
+    at = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    numbers = iter(range(1 << 60))
+
+    def create() -> None:
+        fd = os.open(str(next(numbers)), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=at)
+        os.write(fd, data)
+        os.fsync(fd)
+        os.close(fd)
+        os.fsync(at)
+
+    try:
+        return per_second(create, place.seconds)
+    finally:
+        os.close(at)
+        shutil.rmtree(directory)
+
+
+def rewrite(place: Place, is_synced: bool) -> float:
+    """4 KiB at random places of one file that stays open."""
+    place.ensure_big()
+    data = os.urandom(PAGE_BYTES)
+    pages = place.size_bytes // PAGE_BYTES
+    pick = random.Random(5)
+    fd = os.open(place.big, os.O_RDWR)
+
+    def write() -> None:
+        os.pwrite(fd, data, pick.randrange(pages) * PAGE_BYTES)
+        if is_synced:
+            os.fsync(fd)
+
+    try:
+        return per_second(write, place.seconds)
+    finally:
+        os.close(fd)
+
+
 def read_small(place: Place) -> None:
     for number in range(place.file_count):
         fd = os.open(place.small_file(number), os.O_RDONLY)
@@ -329,6 +370,17 @@ WORKLOADS: dict[str, tuple[str, str, Callable[[Place], float]]] = {
     "random-read": ("random 4 KiB read, 1 thread", "IOPS", random_read),
     "random-write": ("random 4 KiB write, fsync at the end", "IOPS", random_write),
     "create": ("small files (4 KiB) created", "files/s", small_create),
+    "create-fsync": (
+        "small files created, fsync of each and of its directory",
+        "files/s",
+        small_create_synced,
+    ),
+    "rewrite": ("4 KiB written, no fsync", "writes/s", lambda place: rewrite(place, is_synced=False)),
+    "rewrite-fsync": (
+        "4 KiB written, fsync after each",
+        "writes/s",
+        lambda place: rewrite(place, is_synced=True),
+    ),
     "small-cold": ("small files read, cold", "files/s", small_read_cold),
     "small-warm": ("small files read, warm", "files/s", small_read_warm),
     "stat-cold": ("stat, cold", "ops/s", small_stat_cold),
