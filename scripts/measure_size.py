@@ -273,6 +273,7 @@ def restarts(log: Log, local: Local, what: str) -> None:
             notes.append(f"ready in {local.start():.1f} s, first answer {first_answer(local):.2f} s")
         if kind == "stop":
             local.kill()
+    time.sleep(10)  # RocksDB puts in order what it read from its log
     with log.step(f"10 s idle, {what}"):
         time.sleep(10)
 
@@ -411,6 +412,46 @@ def pending(log: Log, local: Local, files: int, in_one: int) -> None:
         local.kill()
 
 
+def safety(log: Log, local: Local) -> None:
+    """What fsync costs, in the daemon's CPU time too. Uploads are part of it and go on beside."""
+    if local.process is None:
+        local.start()
+    data, count = os.urandom(4096), 1000
+    top = local.mount / "safety"
+    top.mkdir()
+    at = os.open(top, os.O_RDONLY | os.O_DIRECTORY)
+
+    def create(name: str, is_synced: bool) -> None:
+        fd = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644, dir_fd=at)
+        os.write(fd, data)
+        if is_synced:
+            os.fsync(fd)
+        os.close(fd)
+        if is_synced:
+            os.fsync(at)
+
+    for is_synced in (False, True):
+        what = "fsync of each" if is_synced else "no fsync"
+        for name in ("files created", "writes of 4 KiB"):
+            fd = os.open("written", os.O_WRONLY | os.O_CREAT, 0o644, dir_fd=at)
+            with log.step(f"{count} {name}, {what}") as notes:
+                before, began = usage(local.pid).cpu_s, time.monotonic()
+                for number in range(count):
+                    if name == "files created":
+                        create(f"{number}-{is_synced}", is_synced)
+                    else:
+                        os.pwrite(fd, data, number % 256 * len(data))
+                        if is_synced:
+                            os.fsync(fd)
+                cpu_s = usage(local.pid).cpu_s - before
+                rate = count / (time.monotonic() - began)
+                notes.append(f"{rate:.0f} a second, {cpu_s / count * 1e6:.0f} us CPU each")
+            os.close(fd)
+            local.wait_persisted(600)
+    os.close(at)
+    shutil.rmtree(top)
+
+
 def removed(log: Log, local: Local, files: int, in_one: int) -> None:
     for name in (BIG, "."):
         top = local.mount / name
@@ -437,7 +478,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--only",
         default="loaded,cached,removed",
-        help="of loaded, cached, created, removed; pending, with a new --keep",
+        help="of loaded, cached, created, removed, safety; pending, with a new --keep",
     )
     parser.add_argument("--keep", type=Path, help="use this directory, and leave everything there")
     parser.add_argument("--json", type=Path, help="write the steps there too")
@@ -459,6 +500,8 @@ def main(arguments: list[str] | None = None) -> None:
             cached(log, local, content[: options.bytes])
         if "pending" in wanted:
             pending(log, local, *sizes)
+        if "safety" in wanted:
+            safety(log, local)
         if "removed" in wanted:
             removed(log, local, *sizes)
         local.stop()

@@ -9,8 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from array import array
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 
 from alluxiofuse.config import WorkerConfig
@@ -146,7 +146,8 @@ def _load(slabs: Slabs) -> None:
         directory.directory_id: set(layout.stored_slabs(Path(directory.root)))
         for directory in slabs.tiers.directories
     }
-    loaded: list[tuple[int, Slab]] = []
+    loaded: list[Slab] = []
+    accessed_s = array("q")  # of each; no objects, between which the slabs would lie in memory
     for container, record in index.records():
         directory = by_id.get(record.directory)
         if directory is None:
@@ -170,14 +171,14 @@ def _load(slabs: Slabs) -> None:
             _forget(index, container, record)
             continue
         there.discard(container)
-        loaded.append((record.accessed_s, _slab(index, container, record, directory)))
+        loaded.append(_slab(index, container, record, directory))
+        accessed_s.append(record.accessed_s)
     for directory_id, left in files.items():
         for container in left:
             os.unlink(slab_path(by_id[directory_id].root, container))
             counters["removed_unknown_slabs"] += 1
-    loaded.sort(key=itemgetter(0))
-    for _, slab in loaded:
-        slabs.adopt(slab)
+    for number in sorted(range(len(loaded)), key=accessed_s.__getitem__):
+        slabs.adopt(loaded[number])
 
 
 def _slab(index: Index, container: int, record: SlabRecord, directory: Directory) -> Slab:

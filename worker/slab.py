@@ -51,7 +51,6 @@ class Slab:
     """What is known of one container's slab."""
 
     __slots__ = (
-        "accessed_s",
         "charged",
         "checksum",
         "container",
@@ -97,7 +96,6 @@ class Slab:
         """Present pages whose checksum was compared (or computed) in this process."""
         self.checksum = 0
         """Of the only page, for a container of at most one page; others are in the index."""
-        self.accessed_s = 0
         self.locks = 0
         """Lock objects that name this slab, and `pins`: short locks by work in progress."""
         self.pins = 0
