@@ -8,6 +8,7 @@ Methods are synchronous steps (see `loading`); none awaits.
 from __future__ import annotations
 
 import errno
+import logging
 import stat
 from functools import partial
 from typing import Protocol
@@ -29,6 +30,8 @@ from alluxiofuse.master.tree import OPEN
 from alluxiofuse.wire.master_ops import BeginWrite, CommitContent, Create, Created, Open, Opened, Release
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import EVENT_DATA, Attr, Event, Layout, OrphanSeal, UfsSource
+
+log = logging.getLogger(__name__)
 
 
 class Workers(Protocol):
@@ -296,6 +299,12 @@ class Content:
             self._workers.drop_container(seal.container, worker_id)
         elif record.container == seal.container and record.home == worker_id:
             self._commit(tx, 0, ino, record, seal.size, seal.mtime_ns, is_sealed=True)
+        elif record.container == seal.container and not is_clean(record) and record.size != seal.size:
+            # The worker lost its seal, and so perhaps bytes that were never synced, with the power.
+            log.error(
+                "inode %d is %d bytes long, not %d: its worker lost the rest", ino, seal.size, record.size
+            )
+            self._commit(tx, 0, ino, record, seal.size, seal.mtime_ns, is_sealed=False)
 
     def _commit(
         self,

@@ -180,7 +180,7 @@ class Master:
             await trio.sleep(SYNC_AFTER_S)
             self._committed = trio.Event()
             try:
-                await trio.to_thread.run_sync(self.store.sync)
+                await self.store.durability.wait()
             except StateError:
                 pass  # logged; opening the store again writes all of it anew
 

@@ -38,6 +38,8 @@ from alluxiofuse.ufs.base import UfsAttrs, UfsEntry, UnderStorage
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _CHILDREN_PER_COMMIT = 1000
+GATHER_S = 0.005
+"""Jobs that are begun within this time share an fsync of the log."""
 
 
 class Loading(Protocol):
@@ -460,8 +462,10 @@ class JobRunner:
     # --- within -----------------------------------------------------------------------------------
 
     async def _thread(self, mount_id: int, work: Callable[[UnderStorage], T]) -> T:
-        """`work` in a thread; finished before this returns, also when cancelled."""
+        """`work` in a thread; finished before this returns, also when cancelled. What it changes can't
+        be taken back, so the commits that want it are durable first."""
         storage = self._mounts.storage(mount_id)
+        await self._store.durability.wait(GATHER_S)
         self._at("before I/O")
         result = await trio.to_thread.run_sync(work, storage, limiter=self._mounts.limiter(mount_id))
         self._at("after I/O")

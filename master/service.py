@@ -10,8 +10,6 @@ from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Any, Protocol
 
-import trio
-
 from alluxiofuse.errors import AuthError
 from alluxiofuse.master.changes import Changes
 from alluxiofuse.master.content import Content
@@ -137,7 +135,7 @@ class MasterService(Service):
             master_ops.Create: self._change(content.create, content.created_before),
             master_ops.Open: self._session_step(content.open),
             master_ops.Release: self._session_step(content.release),
-            master_ops.BeginWrite: self._change(self._begin_write, content.begun_before),
+            master_ops.BeginWrite: self._durably_begun(self._change(self._begin_write, content.begun_before)),
             master_ops.CommitContent: self._change(content.commit_content),
             master_ops.WaitPersisted: _plain(self._wait_persisted),
             master_ops.SourceChanged: self._of_session(self._source_changed),
@@ -245,7 +243,7 @@ class MasterService(Service):
         return answer
 
     async def _sync_metadata(self, req: master_ops.SyncMetadata) -> Nothing:
-        await trio.to_thread.run_sync(self._store.sync)
+        await self._store.durability.wait()
         return NOTHING
 
     def _statfs(self, req: master_ops.StatFs) -> FsUsage:
@@ -273,6 +271,25 @@ class MasterService(Service):
 
     # --- content ----------------------------------------------------------------------------------
 
+    def _durably_begun(self, begin: Handler) -> Handler:
+        """Content that only a worker has is about to change there, under the new container's name. A
+        master that forgot that name with its machine would ask for the old one, and have the new one
+        dropped; so it is durable first."""
+
+        async def wait(answer: Layout | Awaitable[Layout]) -> Layout:
+            layout = await answer if isinstance(answer, Awaitable) else answer
+            if layout.base_container and layout.source is None:
+                await self._store.durability.wait()
+            return layout
+
+        def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
+            answer = begin(peer, request, payload)
+            if isinstance(answer, Layout) and (answer.source is not None or not answer.base_container):
+                return answer
+            return wait(answer)
+
+        return handle
+
     def _begin_write(self, req: master_ops.BeginWrite) -> Layout:
         layout = self._content.begin_write(req)
         self._persister.cancel(req.ino)
@@ -280,7 +297,10 @@ class MasterService(Service):
 
     async def _wait_persisted(self, req: master_ops.WaitPersisted) -> bool:
         self._persister.hurry(req.ino)
-        return await self._persister.wait(req.ino, req.container, req.wait_s)
+        if not await self._persister.wait(req.ino, req.container, req.wait_s):
+            return False
+        await self._store.durability.wait()
+        return True
 
     async def _source_changed(self, req: master_ops.SourceChanged) -> Any:
         self._sessions.touch(req.session_id)

@@ -29,6 +29,7 @@ from rocksdict import AccessType, Options, Rdict, WriteBatch
 
 from alluxiofuse import descriptors
 from alluxiofuse.errors import StateError, UserError
+from alluxiofuse.master.durability import Durability
 from alluxiofuse.master.records import (
     COLUMN_FAMILIES,
     FORMAT,
@@ -74,6 +75,9 @@ class Store:
         self._is_readonly = is_readonly
         self._reserved: dict[bytes, tuple[int, int]] = {}
         self.commit_count = 0
+        self.synced_count = 0
+        """How many of the commits are on the disk."""
+        self.durability = Durability(self)
         self.on_commit: list[Callable[[], None]] = []
         """Called after every commit, while it is in the log of the operating system only."""
         self._scan_count = 0
@@ -182,7 +186,9 @@ class Store:
         return Transaction(self)
 
     def take_number(self, counter: bytes) -> int:
-        """The next number (from 1) of a durable counter: never given twice, gaps after a crash."""
+        """The next number (from 1) of a durable counter: never given twice, gaps after a crash, also
+        one of the machine (others may remember what this store then does not). Blocks for an fsync
+        once in many times."""
         at, end = self._reserved.get(counter, (0, 0))
         if at == end:
             raw = self.get("meta", counter)
@@ -191,6 +197,7 @@ class Store:
             batch = WriteBatch(raw_mode=True)
             batch.put(counter, u64(end), self._handle["meta"])
             self.commit(batch)
+            self.sync()
         self._reserved[counter] = (at + 1, end)
         return at
 
@@ -213,12 +220,14 @@ class Store:
         with self._sync_lock:
             if self._trouble is not None:
                 raise self._copy_of(self._trouble)
+            count = self.commit_count
             try:
                 sequence = self.sequence
                 self._db.flush_wal(True)
                 self.synced_sequence = sequence
             except Exception as exc:  # rocksdict raises bare Exception
                 raise self._failed(exc) from None
+            self.synced_count = max(self.synced_count, count)
 
     @property
     def sequence(self) -> int:

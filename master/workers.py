@@ -13,7 +13,13 @@ from dataclasses import dataclass, field
 import trio
 
 from alluxiofuse.config import MasterConfig
-from alluxiofuse.errors import BadRequestError, SessionExpiredError, UnavailableError, UserError
+from alluxiofuse.errors import (
+    BadRequestError,
+    SessionExpiredError,
+    StateError,
+    UnavailableError,
+    UserError,
+)
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import new_container, owner_record
 from alluxiofuse.master.store import Store, u64
@@ -43,6 +49,10 @@ MAX_CONTAINERS_PER_COMMAND = 4096
 MAX_COMMANDS_PER_POLL = 256
 HOME_HEARTBEATS = 10
 """A worker not heard of for so many heartbeats gets no new content, long before it counts as lost."""
+FREE_GATHER_S = 0.05
+"""How long what is to be freed waits for more of it, before the log is synced for it."""
+FAILED_LOG_S = 1.0
+"""Between attempts while the log can't be synced."""
 GATHER_S = 0.01
 """Least time between two answers to a worker's polls."""
 
@@ -75,6 +85,8 @@ class Worker:
     to_free: dict[int, None] = field(default_factory=dict)
     to_clean: dict[int, None] = field(default_factory=dict)
     queue: deque[Command] = field(default_factory=deque)
+    ready: deque[Command] = field(default_factory=deque)
+    """Out of these three, to be handed out when the commits that they follow from are durable."""
     has_commands: trio.Event = field(default_factory=trio.Event)
     """Set while there is something to fetch; replaced when all was taken."""
     known_containers: int = 0
@@ -202,17 +214,19 @@ class WorkerRegistry:
     def withdraw(self, worker_id: int, task_id: int) -> bool:
         """Take back a PersistCommand that was not fetched yet. False: it was (or never sent)."""
         worker = self._workers.get(worker_id)
-        for command in worker.queue if worker is not None else ():
-            if isinstance(command, PersistCommand) and command.task_id == task_id:
-                assert worker is not None
-                worker.queue.remove(command)
-                return True
+        for queue in () if worker is None else (worker.queue, worker.ready):
+            for command in queue:
+                if isinstance(command, PersistCommand) and command.task_id == task_id:
+                    queue.remove(command)
+                    return True
         return False
 
     def pending_commands(self, worker_id: int) -> int:
         """How many commands wait to be fetched."""
         worker = self._workers.get(worker_id)
-        return 0 if worker is None else len(worker.queue) + len(worker.to_free) + len(worker.to_clean)
+        if worker is None:
+            return 0
+        return len(worker.queue) + len(worker.ready) + len(worker.to_free) + len(worker.to_clean)
 
     # --- what workers ask --------------------------------------------------------------------------
 
@@ -246,9 +260,12 @@ class WorkerRegistry:
         worker.seen_at_s = self._clock.monotonic()
         unknown: list[int] = []
         clean: list[int] = []
+        is_durable = self._store.durability.is_durable
         for report in request.reports:
             state = self._judge(worker, report)
-            if state is None:
+            if state is not False and not is_durable:
+                self._judged(worker, report.container, state)
+            elif state is None:
                 unknown.append(report.container)
             elif state:
                 clean.append(report.container)
@@ -269,8 +286,7 @@ class WorkerRegistry:
         for report in request.deltas:
             state = self._judge(worker, report)
             if state is not False and any(report.blocks):
-                (worker.to_free if state is None else worker.to_clean)[report.container] = None
-                worker.has_commands.set()
+                self._judged(worker, report.container, state)
         for seal in request.orphan_seals:
             for callback in self.on_orphan_seal:
                 callback(request.worker_id, seal)
@@ -292,6 +308,14 @@ class WorkerRegistry:
         worker.answered_at_s = trio.current_time()
         if self._workers.get(request.worker_id) is not worker:
             raise SessionExpiredError("the worker registered anew")
+        is_urgent = bool(worker.queue)
+        _make_ready(worker)
+        if worker.ready and not self._store.durability.is_durable:
+            try:
+                await self._store.durability.wait(0.0 if is_urgent else FREE_GATHER_S)
+            except StateError:
+                await trio.sleep(FAILED_LOG_S)
+                return []
         return _take(worker)
 
     def goodbye(self, request: WorkerGoodbye) -> Nothing:
@@ -316,6 +340,12 @@ class WorkerRegistry:
                 self._lose(worker_id, worker)
 
     # --- within -----------------------------------------------------------------------------------
+
+    @staticmethod
+    def _judged(worker: Worker, container: int, is_clean: bool | None) -> None:
+        """It is to be told what `_judge` found."""
+        (worker.to_free if is_clean is None else worker.to_clean)[container] = None
+        worker.has_commands.set()
 
     def _judge(self, worker: Worker, report: BlockReport) -> bool | None:
         """Enter a report. None: nobody has that container; True: reported dirty, but it is clean."""
@@ -412,15 +442,20 @@ def _count(bitmap: bytes) -> int:
     return int.from_bytes(bitmap, "little").bit_count()
 
 
-def _take(worker: Worker) -> list[Command]:
-    """What is queued, in commands of bounded size; the rest stays for the next poll."""
-    taken: list[Command] = []
+def _make_ready(worker: Worker) -> None:
+    """What is queued becomes ready, in commands of bounded size."""
     if worker.to_free:
-        taken.append(FreeCommand(_take_keys(worker.to_free), keep_dirty=False))
+        worker.ready.append(FreeCommand(_take_keys(worker.to_free), keep_dirty=False))
     if worker.to_clean:
-        taken.append(CleanCommand(_take_keys(worker.to_clean)))
-    while worker.queue and len(taken) < MAX_COMMANDS_PER_POLL:
-        taken.append(worker.queue.popleft())
+        worker.ready.append(CleanCommand(_take_keys(worker.to_clean)))
+    while worker.queue and len(worker.ready) < MAX_COMMANDS_PER_POLL:
+        worker.ready.append(worker.queue.popleft())
+
+
+def _take(worker: Worker) -> list[Command]:
+    """All that is ready."""
+    taken = list(worker.ready)
+    worker.ready.clear()
     if not (worker.queue or worker.to_free or worker.to_clean):
         worker.has_commands = trio.Event()
     return taken

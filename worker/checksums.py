@@ -16,6 +16,7 @@ from functools import lru_cache
 import xxhash
 
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length, runs
+from alluxiofuse.worker.layout import sync_names
 
 ZERO_PAGE = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
 """Checksum of a full page of zeros."""
@@ -171,22 +172,26 @@ def punch_pages(fd: int, pages: int) -> None:
 
 
 def copy_pages(source: str, target: str, pages: int, size: int, sync: bool) -> None:
-    """A new file `target` of `size` bytes with the given pages of `source` and holes elsewhere.
-    `target` is removed again on failure."""
+    """A new file `target` of `size` bytes with the given pages of `source` and holes elsewhere; with
+    `sync` it is durable, its name too. It is there as a whole or not at all."""
+    part = f"{target}.part"
     read_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        write_fd = os.open(target, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        write_fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             os.ftruncate(write_fd, size)
             for page in bits(pages):
                 offset = page * PAGE_BYTES
                 pwrite_all(write_fd, os.pread(read_fd, page_length(page, size), offset), offset)
             if sync:
-                os.fdatasync(write_fd)
+                os.fsync(write_fd)
+            os.rename(part, target)
         except BaseException:
-            os.unlink(target)
+            os.unlink(part)
             raise
         finally:
             os.close(write_fd)
     finally:
         os.close(read_fd)
+    if sync:
+        sync_names(os.path.dirname(target))

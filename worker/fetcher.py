@@ -416,10 +416,12 @@ class Fetcher:
                 )
             finally:
                 os.close(fd)
+            known = slab.damaged
             bad = self._slabs.settle_verification(slab, found, stored)
             error = None
             if bad:
                 error = ChecksumError(f"{len(bad)} pages of container {slab.container:x} are damaged")
+            if slab.damaged != known:
                 log.error("dirty container %x: pages damaged: %s", slab.container, bad[:10])
         except OSError as exc:
             error = storage_error(exc, slab.directory, self._slabs.counters)

@@ -32,6 +32,7 @@ from alluxiofuse.errors import BadRequestError, StateError, UserError
 from alluxiofuse.wire.codec import decode, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
+from alluxiofuse.worker.layout import sync_names
 
 FORMAT = 1
 CHUNK_PAGES = 64
@@ -149,6 +150,8 @@ class Index:
         try:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.mkdir(mode=0o700, exist_ok=True)
+            for made in (directory.parent, directory.parent.parent):
+                sync_names(made)
             names = os.listdir(directory)
         except OSError as exc:
             raise StateError(f"{directory} can't be used for state: {exc.strerror}") from None
@@ -281,8 +284,12 @@ class Index:
         self._db.write(batch.raw)
 
     def sync(self) -> None:
-        """fsync of the write-ahead log; blocks. Thread-safe."""
-        self._db.flush_wal(True)
+        """fsync of the write-ahead log; blocks. Thread-safe. StateError: it may not survive the
+        machine."""
+        try:
+            self._db.flush_wal(True)
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise StateError(f"the worker's index {self.directory} can't be written: {exc}") from None
 
     def close(self) -> None:
         self._db.close()

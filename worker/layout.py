@@ -51,6 +51,8 @@ def read_marker(root: Path) -> Marker | None:
         return None
     except OSError as exc:
         raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
+    if not raw and not (root / "slabs").exists():
+        return None  # A start that ended right there.
     try:
         found = json.loads(raw)
         marker = Marker(str(found["worker_uuid"]), int(found["directory_id"]))
@@ -97,17 +99,30 @@ def claim(root: Path, marker: Marker) -> int:
             f"{root} is in use by another worker: stop it or name another tier directory"
         ) from None
     try:
-        if os.fstat(fd).st_size == 0:
+        is_new = os.fstat(fd).st_size == 0
+        if is_new:
             text = {"format": FORMAT, "worker_uuid": marker.worker_uuid, "directory_id": marker.directory_id}
             os.pwrite(fd, json.dumps(text).encode(), 0)
             os.fsync(fd)
         (root / "slabs").mkdir(mode=0o700, exist_ok=True)
         for number in range(256):
             (root / "slabs" / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
+        if is_new:
+            for made in (root / "slabs", root, root.parent):
+                sync_names(made)
     except OSError as exc:
         os.close(fd)
         raise UserError(f"tier directory {root} can't be used: {exc.strerror}") from None
     return fd
+
+
+def sync_names(directory: str | Path) -> None:
+    """What was made, renamed and removed in a directory lasts. Blocks. OSError."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def stored_slabs(root: Path) -> Iterator[int]:

@@ -63,6 +63,8 @@ def open_storage(config: WorkerConfig) -> Opened:
             for wanted in tier_config.directories:
                 root = Path(wanted.path).absolute()
                 marker = markers[root] or _new_marker(index, root, is_durable=tier_config.is_durable)
+                if markers[root] is None:
+                    index.sync()  # What the marker names is known here, whatever happens.
                 lock_fds.append(layout.claim(root, marker))
                 directories.append(
                     Directory(

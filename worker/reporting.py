@@ -43,7 +43,7 @@ from alluxiofuse.wire.types import (
     WorkerAddress,
 )
 from alluxiofuse.worker.layout import slab_path
-from alluxiofuse.worker.slab import CLEAN
+from alluxiofuse.worker.slab import CLEAN, DIRTY
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.uploads import Outcome, Uploads
 
@@ -185,6 +185,7 @@ class Reporter:
     async def _report(self, containers: list[int], *, is_last: bool) -> None:
         me = self._identity
         reports = [self._slabs.report(container) for container in containers]
+        self._seal_again(containers)
         has_more = bool(self._clean_left)
         request = ReportBlocks(me.address.worker_id, me.epoch, reports, is_last, has_more)
         accepted = await self._master.call(request)
@@ -230,6 +231,13 @@ class Reporter:
                     )
             except AlluxioFuseError as exc:
                 log.info("the master was not told that this worker ends: %s", exc.message)
+
+    def _seal_again(self, containers: list[int]) -> None:
+        """A master whose machine failed may have lost what it was told of seals."""
+        for container in containers:
+            slab = self._slabs.get(container)
+            if slab is not None and slab.state == DIRTY:
+                self._slabs.report_orphan(slab)
 
     # --- while registered -------------------------------------------------------------------------
 

@@ -168,7 +168,8 @@ class Room:
         if not self._slabs.hold(target, step.cost_bytes):
             return False
         before = (slab.container, slab.state, slab.present, slab.directory)
-        part = slab_path(target.root, slab.container) + ".part"
+        new_path = slab_path(target.root, slab.container)
+        self._slabs.old_names.pop(new_path, None)
         slab.is_moving = True
         self._slabs.account(slab)
         is_moved = False
@@ -176,7 +177,7 @@ class Room:
             await trio.to_thread.run_sync(
                 checksums.copy_pages,
                 self._slabs.path(slab),
-                part,
+                new_path,
                 slab.present & ~slab.zeros,
                 slab.size,
                 slab.state == DIRTY and target.is_durable,
@@ -195,7 +196,7 @@ class Room:
                 self._slabs.release(target, step.cost_bytes)
                 self._slabs.account(slab)
                 try:
-                    os.unlink(part)
+                    os.unlink(new_path)
                 except FileNotFoundError:
                     pass
         return is_moved

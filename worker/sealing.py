@@ -71,6 +71,8 @@ class Sealer:
             if slab.writers or slab.state != WRITING:
                 return unsealed
             pages = self._slabs.pages_to_seal(slab, found.st_size)
+            if slab.must_sync:
+                await trio.to_thread.run_sync(os.fdatasync, fd, limiter=self._threads)
             sums, zeros, filled = await trio.to_thread.run_sync(
                 checksums.sealed_checksums, fd, pages, found.st_size, limiter=self._threads
             )

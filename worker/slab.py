@@ -54,6 +54,7 @@ class Slab:
         "charged",
         "checksum",
         "container",
+        "damaged",
         "directory",
         "dirty_pages",
         "evictable",
@@ -61,8 +62,9 @@ class Slab:
         "granted_end",
         "inflight",
         "is_gone",
+        "is_kept",
         "is_moving",
-        "is_renamed",
+        "is_unnamed",
         "islands",
         "jobs",
         "locks",
@@ -94,6 +96,8 @@ class Slab:
         """Present pages that are full pages of zeros: holes that cost nothing."""
         self.verified = 0
         """Present pages whose checksum was compared (or computed) in this process."""
+        self.damaged = 0
+        """Pages, of what is not clean, that were found to be other bytes than were stored."""
         self.checksum = 0
         """Of the only page, for a container of at most one page; others are in the index."""
         self.locks = 0
@@ -114,8 +118,12 @@ class Slab:
         self.jobs: list[Job] | None = None
         self.upload: Upload | None = None
         self.is_moving = False
-        self.is_renamed = False
-        """Its file got its name since the last fsync: fdatasync would not make that name last."""
+        self.is_unnamed = False
+        """Its file may have got its name since its folder was last synced."""
+        self.is_kept = True
+        """Bytes of it were durable once, here or in the under storage, and may not be lost when the
+        power fails: they are synced before a seal says what they are, and the index before they
+        change. True also where it is not known, after a restart."""
         self.is_gone = False
         """Dropped: no longer in the table."""
         self.free_mode = FREE_NO
@@ -145,6 +153,11 @@ class Slab:
     @property
     def is_idle(self) -> bool:
         return not self.locks and not self.pins
+
+    @property
+    def must_sync(self) -> bool:
+        """Before it is sealed."""
+        return self.is_kept and self.directory.is_durable
 
     @property
     def block_count(self) -> int:

@@ -12,6 +12,7 @@ changed unless said otherwise.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import time
@@ -43,6 +44,8 @@ from alluxiofuse.worker.tiers import Directory, Tiers
 NOT_WRITTEN = (0, 0)
 """Access and modification time of a slab's file when writing begins: a write sets the latter
 (`worker_ops.ContainerStat`)."""
+_NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK)
+"""Of a filesystem that has no hard links."""
 
 
 class Slabs(Accounts):
@@ -67,6 +70,9 @@ class Slabs(Accounts):
         self.orphans: dict[int, OrphanSeal] = {}
         """Seals that no client asked for, to be told to the master."""
         self.counters: Counter[str] = Counter()
+        self.old_names: dict[str, None] = {}
+        """Paths of files that have another name or place in the index by now; they are removed once
+        that is durable, so that a slab is found whatever of the index is lost with the power."""
         self._wall_s = wall_s
         self._lock_ids = itertools.count(1)
 
@@ -155,7 +161,7 @@ class Slabs(Accounts):
         """A slab that the index knows from an earlier life of the worker; the most recently used of
         those adopted so far."""
         self.by_container[slab.container] = slab
-        slab.is_renamed = True  # Perhaps.
+        slab.is_unnamed = True  # Perhaps.
         if slab.state == CLEAN and slab.present == 1 and not slab.zeros:
             # Most of a million; the same as below, in a fifth of the time.
             directory = slab.directory
@@ -180,7 +186,7 @@ class Slabs(Accounts):
     def create(self, container: int, size: int, directory: Directory) -> Slab:
         """An empty clean slab of `size` bytes. Has no index record until a page is in it."""
         slab = Slab(container, size, directory)
-        fd = os.open(self.path(slab), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        fd = self._new_file(self.path(slab))
         try:
             if size:
                 os.ftruncate(fd, size)
@@ -259,10 +265,7 @@ class Slabs(Accounts):
             batch = self.index.batch()
             batch.delete(slab.container, slab.page_count)
             self.index.commit(batch)
-        try:
-            os.unlink(self.path(slab))
-        except OSError:
-            self.counters["unlink_failed"] += 1
+        self._unlink(self.path(slab))
 
     # --- verification -----------------------------------------------------------------------------
 
@@ -279,9 +282,12 @@ class Slabs(Accounts):
         slab.verified |= checksums.mask_of(found.keys() - set(bad))
         if not bad:
             return []
-        self.counters["checksum_mismatches"] += len(bad)
         if slab.state != CLEAN:
+            fresh = checksums.mask_of(bad) & ~slab.damaged
+            slab.damaged |= fresh
+            self.counters["damaged_dirty_pages"] += fresh.bit_count()
             return bad
+        self.counters["checksum_mismatches"] += len(bad)
         self.drop_pages(slab, checksums.mask_of(bad))
         return []
 
@@ -290,7 +296,8 @@ class Slabs(Accounts):
     def create_writing(self, container: int, directory: Directory, charge_bytes: int) -> Slab:
         """An empty slab open for writing, with `charge_bytes` of room. One open, one index put."""
         slab = Slab(container, 0, directory, WRITING)
-        fd = os.open(self.path(slab), os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        slab.is_unnamed, slab.is_kept = True, False
+        fd = self._new_file(self.path(slab))
         self.fds.adopt(slab, fd)
         os.utime(fd, NOT_WRITTEN)
         self.index.put(container, self._record(slab))
@@ -303,7 +310,7 @@ class Slabs(Accounts):
     def begin_writing(self, slab: Slab, container: int, granted_end: int, islands: int) -> None:
         """A sealed slab of which all pages are present becomes container `container`, open for
         writing below `granted_end` and in `islands`, for which there is room. A crash at any point
-        leaves the old container or the new one."""
+        leaves the old container or the new one: the file has both names until the index is synced."""
         assert slab.state != WRITING
         assert slab.present == slab.all_pages
         assert not slab.jobs
@@ -317,7 +324,7 @@ class Slabs(Accounts):
         batch.put(container, record)
         self.index.commit(batch)
         try:
-            os.rename(old_path, slab_path(slab.directory.root, container))
+            self._give_name(old_path, slab_path(slab.directory.root, container))
         except OSError:
             back = self.index.batch()
             back.move_chunks(container, old, slab.page_count)
@@ -329,7 +336,8 @@ class Slabs(Accounts):
         self.orphans.pop(old, None)
         self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
-        slab.is_renamed = True
+        slab.is_unnamed = True
+        slab.is_kept = slab.is_kept and slab.size > 0
         slab.source = None
         slab.free_mode = FREE_NO
         slab.dirty_pages = 0
@@ -338,6 +346,37 @@ class Slabs(Accounts):
         self.by_container[container] = slab
         self.account(slab)
         self.changed[old] = self.changed[container] = None
+
+    def _new_file(self, path: str) -> int:
+        """A read-write descriptor of a new, empty file."""
+        if path in self.old_names:
+            os.unlink(path)  # It may be another slab's file too.
+            del self.old_names[path]
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def _give_name(self, old_path: str, path: str) -> None:
+        try:
+            os.link(old_path, path)
+        except OSError as exc:
+            if exc.errno not in _NO_LINKS:
+                raise
+            self.index.sync()
+            os.rename(old_path, path)
+        else:
+            self.old_names[old_path] = None
+
+    def remove_old_names(self, paths: Iterable[str]) -> None:
+        """The index was synced since these became old names."""
+        for path in paths:
+            if path in self.old_names:
+                del self.old_names[path]
+                self._unlink(path)
+
+    def _unlink(self, path: str) -> None:
+        try:
+            os.unlink(path)
+        except OSError:
+            self.counters["unlink_failed"] += 1
 
     def grant(self, slab: Slab, end: int, pages: int = 0) -> bool:
         """Room to write below `end` and in `pages`, when it is there; nothing is evicted."""
@@ -399,7 +438,7 @@ class Slabs(Accounts):
             return
         self.delist(slab)
         self.count_dirty(slab, CLEAN)
-        slab.state = CLEAN
+        slab.state, slab.is_kept = CLEAN, True
         self.orphans.pop(slab.container, None)
         if slab.present:
             self.index.put(slab.container, self._record(slab))
@@ -413,17 +452,18 @@ class Slabs(Accounts):
 
     def report_orphan(self, slab: Slab) -> None:
         """Tell the master what a sealed container is, in case its writer could not."""
-        mtime_ns = os.stat(self.path(slab)).st_mtime_ns
+        try:
+            mtime_ns = os.stat(self.path(slab)).st_mtime_ns
+        except OSError:
+            return  # The master will not hear of a size that can't be had.
         self.orphans[slab.container] = OrphanSeal(slab.container, slab.size, mtime_ns)
 
     # --- moving -----------------------------------------------------------------------------------
 
     def relocate(self, slab: Slab, directory: Directory, held_bytes: int) -> None:
-        """Its file was copied to `directory` as `<name>.part`; put it in place and remove the old
-        one. The slab is idle; `held_bytes` are held for it."""
+        """Its file was copied to `directory`, durably where that matters. The old one goes when the
+        index says so durably. The slab is idle; `held_bytes` are held for it."""
         old_path = self.path(slab)
-        new_path = slab_path(directory.root, slab.container)
-        os.rename(new_path + ".part", new_path)
         is_dirty = slab.state == DIRTY
         self.delist(slab)
         self.fds.forget(slab)
@@ -432,7 +472,7 @@ class Slabs(Accounts):
         source.evictable -= slab.evictable
         charged, slab.charged, slab.evictable = slab.charged, 0, 0
         slab.directory = directory
-        slab.is_renamed = True
+        slab.is_unnamed = not is_dirty
         self.index.put(slab.container, self._record(slab))
         self.release(directory, held_bytes)
         self.account(slab)
@@ -442,10 +482,7 @@ class Slabs(Accounts):
         else:
             self.enlist(slab, slab.present)
         self.room_changed()
-        try:
-            os.unlink(old_path)
-        except OSError:
-            self.counters["unlink_failed"] += 1
+        self.old_names[old_path] = None
 
     # --- reports ----------------------------------------------------------------------------------
 

@@ -9,7 +9,7 @@ from alluxiofuse.errors import StateError
 from alluxiofuse.ids import page_length
 from alluxiofuse.worker.accounts import order_key, writing_charge
 from alluxiofuse.worker.checksums import bits, is_zero, mask_of, page_checksums
-from alluxiofuse.worker.layout import stored_slabs
+from alluxiofuse.worker.layout import slab_path, stored_slabs
 from alluxiofuse.worker.slab import BLOCK_PAGES, CLEAN, DIRTY, WRITING, Slab
 from alluxiofuse.worker.slabs import Slabs
 
@@ -65,7 +65,8 @@ def _check_directories(slabs: Slabs) -> None:
         moving = {slab.container for slab in slabs.by_container.values() if slab.is_moving}
         found = set() if moving else set(stored_slabs(Path(directory.root)))
         if not moving:
-            _same(f"files of {directory.root}", found, {slab.container for slab in mine})
+            old = {name for name in found if slab_path(directory.root, name) in slabs.old_names}
+            _same(f"files of {directory.root}", found - old, {slab.container for slab in mine} - old)
 
 
 def _check_index(slabs: Slabs) -> None:

@@ -21,6 +21,7 @@ from alluxiofuse.worker.reporting import Identity, Reporter
 from alluxiofuse.worker.room import Room
 from alluxiofuse.worker.service import Parts, WorkerService
 from alluxiofuse.worker.slabs import Slabs
+from alluxiofuse.worker.upkeep import Upkeep
 from alluxiofuse.worker.uploads import Uploads
 from alluxiofuse.worker.writing import Writing
 
@@ -94,7 +95,8 @@ class Worker:
         uploads = Uploads(slabs, fetcher, mounts, parallel=config.persist_parallel, process=process)
         reporter = Reporter(self._master, slabs, identity, uploads)
         async with trio.open_nursery() as nursery:
-            for task in (room.run, fetcher.run, writing.run, uploads.run, reporter.run):
+            upkeep = Upkeep(slabs)
+            for task in (room.run, fetcher.run, writing.run, uploads.run, reporter.run, upkeep.run):
                 nursery.start_soon(task)
             if process is not None:
                 nursery.start_soon(process.run)

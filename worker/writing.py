@@ -42,10 +42,11 @@ from alluxiofuse.worker import checksums
 from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
+from alluxiofuse.worker.layout import sync_names
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.sealing import Sealer
-from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
+from alluxiofuse.worker.slab import DIRTY, MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
 from alluxiofuse.worker.slabs import NOT_WRITTEN, Slabs
 
 log = logging.getLogger(__name__)
@@ -96,7 +97,13 @@ class Writing:
         if request.container == 0 or request.container == request.old_container:
             raise BadRequestError("BeginWrite needs a new container id")
         slab = self._slabs.get(request.container)
-        if slab is not None and not self._sealer.is_punching(slab) and self._may_join(slab, request):
+        is_ready = slab is not None and request.container not in self._gates
+        if (
+            slab is not None
+            and is_ready
+            and not self._sealer.is_punching(slab)
+            and self._may_join(slab, request)
+        ):
             return self._grant(peer, request, slab)
         if slab is None and request.old_container == 0 and request.container not in self._gates:
             slab = self._create_now(request.container, request.reserve_bytes)
@@ -184,7 +191,11 @@ class Writing:
             while (granted := await self._ready(old, request)) is None:
                 if old.state == WRITING:
                     raise StaleError(f"container {request.old_container:x} has become another one")
+            is_promised = old.state == DIRTY and old.is_kept and old.directory.is_durable
             self._slabs.begin_writing(old, request.container, *granted)
+            if is_promised:
+                # Or a loss of the index would leave the old container, whose bytes are changing.
+                await trio.to_thread.run_sync(self._slabs.index.sync, limiter=self._threads)
             return old
         except OSError as exc:
             raise storage_error(exc, old.directory, self._slabs.counters) from None
@@ -429,7 +440,7 @@ class Writing:
         if slab.writers:
             return WriteEnd(found.st_size, found.st_mtime_ns, False)
         pages = self._slabs.pages_to_seal(slab, found.st_size)
-        if pages.bit_count() > 1 or slab.pins:
+        if pages.bit_count() > 1 or slab.pins or slab.must_sync:
             return self._end_slowly(lock)
         try:
             sums = checksums.page_checksums(fd, bits(pages), found.st_size)
@@ -489,15 +500,16 @@ class Writing:
         if not slab.directory.is_durable:
             return False
         fd = os.dup(self._fd(slab))
-        is_renamed, slab.is_renamed = slab.is_renamed, False
+        path = self._slabs.path(slab) if slab.is_unnamed else ""
         try:
-            await trio.to_thread.run_sync(_sync, fd, is_renamed, self._slabs, limiter=self._threads)
-            is_renamed = False
+            await trio.to_thread.run_sync(_sync, fd, path, self._slabs, limiter=self._threads)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
-            slab.is_renamed = slab.is_renamed or is_renamed
             os.close(fd)
+        if path == self._slabs.path(slab):
+            slab.is_unnamed = False
+        slab.is_kept = True
         return True
 
     # --- ForgetMtime ------------------------------------------------------------------------------
@@ -529,9 +541,8 @@ class Writing:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
 
 
-def _sync(fd: int, is_renamed: bool, slabs: Slabs) -> None:
-    if is_renamed:
-        os.fsync(fd)
-    else:
-        os.fdatasync(fd)
+def _sync(fd: int, new_path: str, slabs: Slabs) -> None:
+    os.fdatasync(fd)
+    if new_path:
+        sync_names(os.path.dirname(new_path))
     slabs.index.sync()

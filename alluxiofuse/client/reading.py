@@ -104,7 +104,10 @@ async def read(
         if slab.is_good:  # Still: the telling may have taken time.
             if in_place and slab.is_hot(offset, length):
                 return InSlab(slab.fd, offset, length)
-            data = await slab.read(offset, length)
+            try:
+                data = await slab.read(offset, length)
+            except OSError:
+                data = b""  # Below it is tried again, and elsewhere.
             if len(data) == length and slab.is_good:
                 return data
     return await _Attempts(file, content, in_place=in_place).read(offset, size)
@@ -159,6 +162,8 @@ class _Attempts:
         self._excluded: set[int] = set()
         """Workers that failed in this round."""
         self._stale_count = 0
+        self._error: AlluxioFuseError | None = None
+        """Why a worker that answers could not give it."""
 
     async def read(self, offset: int, size: int) -> Buffer | InSlab:
         return await self._until_it_works(self._read_from, offset, size)
@@ -183,8 +188,12 @@ class _Attempts:
                     await self._failed(worker_id, _NoHolder())
                 else:
                     await self._stale(exc)
-            except (ConnectionLost, UnavailableError, ChecksumError) as exc:
+            except (ConnectionLost, UnavailableError) as exc:
                 await self._failed(worker_id, exc)
+            except (ChecksumError, FsError) as exc:
+                await self._broken(worker_id, exc)
+            except OSError as exc:  # of reading by descriptor
+                await self._broken(worker_id, FsError(exc.errno or errno.EIO))
 
     async def _source_changed(self, layout: Layout) -> None:
         self._count_stale(StaleError("the file keeps being replaced in the under storage"))
@@ -211,17 +220,29 @@ class _Attempts:
         """Others next; when there are none, all again with what the master knows by then."""
         log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
         self._discard_slab()
-        if worker_id and not isinstance(exc, ChecksumError | _NoHolder):
+        if worker_id and not isinstance(exc, _NoHolder):
             self._core.workers.failed(worker_id)
         if worker_id and worker_id not in self._excluded:
             self._excluded.add(worker_id)
             return
-        if isinstance(exc, ChecksumError) or trio.current_time() + _RETRY_S > self._deadline:
+        if self._error is not None:
+            raise self._error
+        if trio.current_time() + _RETRY_S > self._deadline:
             raise exc
         await interrupt.pause(_RETRY_S)
         self._excluded.clear()
         await self._core.workers.refresh()
         await self._content.refresh()
+
+    async def _broken(self, worker_id: int, exc: AlluxioFuseError) -> None:
+        """The worker answers, but its bytes are damaged or can't be read: others, or this error. There is
+        nothing to wait for."""
+        log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
+        self._discard_slab()
+        if not worker_id or worker_id in self._excluded:
+            raise exc
+        self._excluded.add(worker_id)
+        self._error = exc
 
     def _discard_slab(self) -> None:
         slab, self._content.slab = self._content.slab, None

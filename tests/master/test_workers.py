@@ -69,6 +69,7 @@ class Cluster:
         )
 
     async def commands(self, grant: Registration, wait_s: float = 0.0) -> list[object]:
+        self.store.sync()  # A thread would not be in time for a clock that jumps.
         return list(await self.registry.commands(WorkerCommands(grant.worker_id, grant.epoch, wait_s)))
 
 
@@ -183,6 +184,7 @@ def test_unknown_and_clean_containers(tmp_path: Path) -> None:
         cluster.file(5, ufs_container=5)
         grant = cluster.register("1")
         reports = [BlockReport(5, b"\1", True), BlockReport(6, b"\1", True)]
+        cluster.store.sync()
         answer = cluster.registry.report_blocks(ReportBlocks(grant.worker_id, grant.epoch, reports, True))
         assert (answer.unknown, answer.clean) == ([6], [5])
         cluster.beat(grant, BlockReport(7, b"\1", True))
@@ -244,6 +246,56 @@ def test_commands(tmp_path: Path) -> None:
         assert await cluster.commands(grant, 1.0) == []
 
     run(test, tmp_path)
+
+
+def test_what_can_not_be_undone_waits_for_the_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker drops, or may evict, what the master could not want back after a power failure."""
+
+    async def test(cluster: Cluster) -> None:
+        events: list[str] = []
+        sync = cluster.store.sync
+
+        def noted_sync() -> None:
+            sync()
+            events.append("synced")
+
+        monkeypatch.setattr(cluster.store, "sync", noted_sync)
+        grant = cluster.worker("1", [BlockReport(5, b"\1", True)])
+        request = WorkerCommands(grant.worker_id, grant.epoch, 60.0)
+        cluster.file(5)
+        cluster.registry.drop_container(5, also=grant.worker_id)
+        assert await cluster.registry.commands(request) == [FreeCommand([5], keep_dirty=False)]
+        events.append("freed")
+        cluster.file(6, ufs_container=6)
+        cluster.registry.mark_clean(6, grant.worker_id)
+        assert await cluster.registry.commands(request) == [CleanCommand([6])]
+        events.append("clean")
+        cluster.file(7)
+        answer = cluster.registry.report_blocks(
+            ReportBlocks(grant.worker_id, grant.epoch, [BlockReport(8, b"\1", True)], True)
+        )
+        assert answer.unknown == []
+        assert await cluster.registry.commands(request) == [FreeCommand([8], keep_dirty=False)]
+        assert events == ["synced", "freed", "synced", "clean", "synced"]
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            cluster = Cluster(tmp_path / "meta")
+            try:
+                cluster.worker("1")  # Numbers are reserved, which syncs.
+                await test(cluster)
+            finally:
+                cluster.store.close()
+
+    trio.run(main)
+
+
+def test_numbers_are_durable_before_they_are_given(tmp_path: Path) -> None:
+    """Workers and under storages remember numbers that a master without power would give again."""
+    store = Store(tmp_path / "meta")
+    store.take_number(b"next_container")
+    assert store.durability.is_durable
+    store.close()
 
 
 def test_many_commands_are_fetched_in_bounded_pieces(tmp_path: Path) -> None:
