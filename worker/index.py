@@ -28,8 +28,8 @@ import msgspec
 from rocksdict import Options, Rdict, WriteBatch
 
 from alluxiofuse import descriptors
-from alluxiofuse.errors import BadRequestError, StateError, UserError
-from alluxiofuse.wire.codec import decode, encode
+from alluxiofuse.errors import StateError, UserError
+from alluxiofuse.wire.codec import decode, decoder, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
 from alluxiofuse.worker.layout import sync_names
@@ -58,6 +58,9 @@ class SlabRecord(msgspec.Struct, array_like=True, gc=False):
     was: int = 0
     """Container id under which the slab's file may still be named: a crash between this record and
     the renaming of the file. 0: none."""
+
+
+_record_decoder = decoder(SlabRecord)
 
 
 def u64(value: int) -> bytes:
@@ -230,11 +233,12 @@ class Index:
         return None if value is None else decode(value, SlabRecord)
 
     def records(self) -> Iterator[tuple[int, SlabRecord]]:
+        decode_record = _record_decoder.decode
         for key, value in self._scan(b"c"):
             try:
-                yield int.from_bytes(key, "big"), decode(value, SlabRecord)
-            except BadRequestError as exc:
-                raise StateError(f"{self.directory}: a record can't be read: {exc.message}") from None
+                yield int.from_bytes(key, "big"), decode_record(value)
+            except (msgspec.MsgspecError, ValueError) as exc:
+                raise StateError(f"{self.directory}: a record can't be read: {exc}") from None
 
     def chunk(self, container: int, chunk: int) -> tuple[int, list[int]]:
         """(present bitmap, 64 checksums) of a chunk; a new list."""

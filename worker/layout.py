@@ -17,6 +17,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,11 +132,12 @@ def stored_slabs(root: Path) -> Iterator[int]:
     for number in range(256):
         folder = root / "slabs" / f"{number:02x}"
         try:
-            entries = list(os.scandir(folder))
+            names = os.listdir(folder)
         except OSError as exc:
             raise StateError(f"{folder} can't be read: {exc.strerror}") from None
-        for entry in entries:
-            if _SLAB_NAME.fullmatch(entry.name) and int(entry.name[14:], 16) == number:
-                yield int(entry.name, 16)
-            elif entry.is_file(follow_symlinks=False):
-                os.unlink(entry.path)
+        ending = f"{number:02x}"
+        for name in names:
+            if name.endswith(ending) and _SLAB_NAME.fullmatch(name):
+                yield int(name, 16)
+            elif stat.S_ISREG(os.lstat(folder / name).st_mode):
+                os.unlink(folder / name)

@@ -38,6 +38,7 @@ from alluxiofuse.worker.slab import (
     WRITING,
     Lock,
     Slab,
+    round_up,
 )
 from alluxiofuse.worker.tiers import Directory, Tiers
 
@@ -165,7 +166,7 @@ class Slabs(Accounts):
         if slab.state == CLEAN and slab.present == 1 and not slab.zeros:
             # Most of a million; the same as below, in a fifth of the time.
             directory = slab.directory
-            slab.charged = slab.evictable = slab.cost_of(1)
+            slab.charged = slab.evictable = min(PAGE_BYTES, round_up(slab.size))
             directory.used += slab.charged
             directory.evictable += slab.charged
             directory.order[order_key(slab, 0)] = None
