@@ -368,7 +368,8 @@ class Persister:
     def _more_removals(self, first: Job) -> list[Job]:
         """Removals of the same kind that follow in the store and can be done with this one."""
         found: list[Job] = []
-        rested = self._clock.now_ns() - int(self._config.persist_delay_s * 1e9)
+        now_ns = self._clock.now_ns()
+        rested = now_ns - int(self._config.persist_delay_s * 1e9)
         looked = 0
         tx = self._store.transaction()
         for path, _ in self._store.scan("persist", b"r" + u64(first.mount_id), first.target):
@@ -377,7 +378,7 @@ class Persister:
                 break
             entry = tx.remove_entry(first.mount_id, path)
             key = (first.mount_id, path)
-            if entry is None or entry.queued_at_ns > rested or entry.is_dir != first.is_dir:
+            if entry is None or rested < entry.queued_at_ns <= now_ns or entry.is_dir != first.is_dir:
                 continue
             if key in self._failures:
                 continue

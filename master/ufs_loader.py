@@ -7,6 +7,7 @@ time for each directory or name. Owned by the master's thread; nothing durable i
 from __future__ import annotations
 
 import logging
+import math
 import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -175,16 +176,22 @@ class UfsLoader:
         """For how long the entries of a directory still count as compared, by a whole listing; that they
         were found as they were is noted once, not in thousands of records. 0: they do not."""
         at_ns, valid_s = self._compared.get(directory, (0, 0.0))
-        return valid_s - (self._clock.now_ns() - at_ns) / 1e9 if valid_s else 0.0
+        return max(0.0, valid_s - self._age_s(at_ns)) if valid_s else 0.0
 
     def _own_left_s(self, record: InodeRecord, interval_s: float) -> float:
         """The same of an inode that was compared by itself."""
         if not record.checked_at_ns:
             return 0.0
-        return min(interval_s, interval_s - (self._clock.now_ns() - record.checked_at_ns) / 1e9)
+        return max(0.0, interval_s - self._age_s(record.checked_at_ns))
 
     def _is_fresh(self, at_ns: int, interval_s: float) -> bool:
-        return self._clock.now_ns() - at_ns < interval_s * 1e9
+        return self._age_s(at_ns) < interval_s
+
+    def _age_s(self, at_ns: int) -> float:
+        """How long ago by the wall clock, as notes of it outlive this process. What lies in the future was
+        noted before the clock was set back: infinitely long ago."""
+        age_ns = self._clock.now_ns() - at_ns
+        return age_ns / 1e9 if age_ns >= 0 else math.inf
 
     def _is_unreachable(self, mount_id: int) -> bool:
         return self._clock.monotonic() < self._unreachable_until_s.get(mount_id, 0.0)

@@ -48,13 +48,16 @@ class Life:
         self.stop = trio.Event()
 
     def run(
-        self, daemons: Callable[[Life], AbstractAsyncContextManager[None]], on_ready: Callable[[], None]
+        self,
+        daemons: Callable[[Life], AbstractAsyncContextManager[None]],
+        on_ready: Callable[[], None],
+        clock: trio.abc.Clock | None = None,
     ) -> None:
         """Run `daemons` until a signal, `stop`, or until they fail. What fails before they are ready is
         raised as a UserError (a start-up error); later failures as they are."""
         descriptors.raise_limit()
         try:
-            trio.run(self._run, daemons, on_ready)
+            trio.run(self._run, daemons, on_ready, clock=clock)
         except BaseException as exc:
             raise (cause(exc) if self.is_ready else as_mistake(exc)) from exc
 

@@ -91,7 +91,9 @@ def mount_in_background(plan: MountPlan, log_level: str, failure_code: int) -> N
 
 
 def _run(plan: MountPlan, on_ready: Callable[[], None]) -> None:
-    Life().run(lambda life: _mounted(plan, life), on_ready)
+    from alluxiofuse.client.bootclock import BootClock
+
+    Life().run(lambda life: _mounted(plan, life), on_ready, BootClock())
 
 
 @asynccontextmanager

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 import trio
 
+from alluxiofuse.client.bootclock import BootClock
 from alluxiofuse.client.connect import open_filesystem
 from alluxiofuse.client.filesystem import OpenFile
 from alluxiofuse.client.paths import CHUNK_BYTES, AnyPath, Paths, Progress, Usage
@@ -79,7 +80,7 @@ class BlockingFileSystem:
 
     def _run(self, *args: Any) -> None:
         try:
-            trio.run(self._serve, *args)
+            trio.run(self._serve, *args, clock=BootClock())
         except BaseException as exc:
             if self._ready.done():
                 raise

@@ -8,6 +8,8 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import Any
 
 import boto3  # type: ignore[import-untyped]
@@ -39,6 +41,8 @@ from alluxiofuse.ufs.s3_options import S3Options
 from alluxiofuse.ufs.s3_pace import Damaged, NoAnswer, Pace, Throttled
 
 CONNECT_TIMEOUT_S = 5.0
+MAX_SKEW_S = 600.0
+"""AWS refuses from 15 minutes on (RequestTimeTooSkewed)."""
 _POOL_CONNECTIONS = 48
 _DENIED = {
     "AccessDenied": "the credentials do not allow it",
@@ -50,7 +54,6 @@ _DENIED = {
     "ExpiredToken": "the session token has expired",
     "InvalidToken": "the session token is not valid",
     "AccountProblem": "the account is blocked",
-    "RequestTimeTooSkewed": "the clock of this machine is wrong",
 }
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound", "NoSuchUpload"}
 _CHANGED = {"412", "PreconditionFailed"}
@@ -160,7 +163,10 @@ def calls(options: S3Options, what: str) -> Iterator[None]:
 
 def translate(error: Exception, options: S3Options, what: str) -> UfsError:
     if isinstance(error, ClientError):
-        status = int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+        metadata = error.response.get("ResponseMetadata", {})
+        status = int(metadata.get("HTTPStatusCode", 0))
+        if status == 403 and _is_skewed(metadata.get("HTTPHeaders", {}).get("date", "")):
+            return UfsUnavailableError(f"{options.place}: the clock of this machine is wrong ({what})")
         return _by_code(error_code(error), status, options, what)
     if isinstance(error, NoCredentialsError | PartialCredentialsError | CredentialRetrievalError):
         return UfsPermissionError(
@@ -176,6 +182,16 @@ def translate(error: Exception, options: S3Options, what: str) -> UfsError:
     if isinstance(error, NoConnectionError | HTTPClientError):  # refused, timed out, cut off, no such host
         return NoAnswer(f"{options.place}: no answer ({type(error).__name__})")
     return UfsError(f"{options.place}: {what}: {type(error).__name__}")
+
+
+def _is_skewed(date: str) -> bool:
+    """The store's clock, in an answer's Date, and ours are too far apart for signatures. Asked by HEAD it
+    can't say so in words."""
+    try:
+        theirs = parsedate_to_datetime(date)
+        return abs((datetime.now(UTC) - theirs).total_seconds()) > MAX_SKEW_S
+    except (TypeError, ValueError):
+        return False
 
 
 def _by_code(code: str, status: int, options: S3Options, what: str) -> UfsError:

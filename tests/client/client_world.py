@@ -294,6 +294,7 @@ def in_world(
     worker: dict[str, Any] | None = None,
     master: dict[str, Any] | None = None,
     secret: bytes | None = None,
+    clock: trio.abc.Clock | None = None,
 ) -> Callable[[Callable[[World], Awaitable[None]]], None]:
     """Run an async test in a World of one master and (unless `worker` is {}) one worker."""
 
@@ -317,7 +318,7 @@ def in_world(
                         nursery.cancel_scope.cancel()
 
             before = len(os.listdir("/proc/self/fd"))
-            trio.run(main)
+            trio.run(main, clock=clock)
             assert len(os.listdir("/proc/self/fd")) <= before + 2, "descriptors leaked"
 
     return run
