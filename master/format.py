@@ -24,12 +24,18 @@ def ensure_formatted(tx: Transaction, now_ns: int) -> str:
     if cluster_id is not None or root is not None:
         raise StateError(f"{tx.store.directory} is damaged: it has no cluster id or no root directory")
     tx.store.take_number(b"next_ino")  # the first number is the root's
+    root = new_root(now_ns)
+    fresh = str(uuid.uuid4())
+    tx.put_inode(ROOT_INO, root)
+    tx.put("meta", _CLUSTER_ID, fresh.encode())
+    return fresh
+
+
+def new_root(now_ns: int) -> InodeRecord:
+    """The record of a root directory of which nothing is known yet."""
     root = InodeRecord(
         stat.S_IFDIR | 0o755, 2, os.geteuid(), os.getegid(), 0, 0, now_ns, now_ns, now_ns, now_ns,
         ROOT_INO, b"", ROOT_MOUNT_ID,
     )  # fmt: skip
     root.is_in_ufs = True
-    fresh = str(uuid.uuid4())
-    tx.put_inode(ROOT_INO, root)
-    tx.put("meta", _CLUSTER_ID, fresh.encode())
-    return fresh
+    return root

@@ -19,7 +19,6 @@ from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.master.tree import Tree
-from alluxiofuse.master.validate import problems
 from alluxiofuse.wire.master_ops import DirPage, Unlinked
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import LOST, NOT_PERSISTED, PERSISTED, TO_BE_PERSISTED, Attr, Caller, DirEntry
@@ -206,10 +205,6 @@ class Namespace:
         if child is None:
             raise FsError(errno.ENOENT)
         return child, self.existing(child)
-
-    def validate(self) -> list[str]:
-        """One sentence for each broken invariant of the store; reads all of it."""
-        return problems(self.store)
 
 
 def _parts(path: bytes) -> list[bytes]:

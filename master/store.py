@@ -176,6 +176,12 @@ class Store:
         except Exception as exc:  # rocksdict raises bare Exception
             raise self._unreadable(exc) from None
 
+    def last_key(self, family: str, limit: bytes) -> bytes | None:
+        """The greatest key that is not above `limit`."""
+        iterator = self._cf[family].iter()
+        iterator.seek_for_prev(limit)
+        return bytes(iterator.key()) if iterator.valid() else None
+
     def estimate(self, family: str) -> int:
         """About how many keys a family holds."""
         return int(self._cf[family].property_int_value("rocksdb.estimate-num-keys") or 0)

@@ -16,7 +16,7 @@ from functools import lru_cache
 import xxhash
 
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length, runs
-from alluxiofuse.worker.layout import sync_names
+from alluxiofuse.worker.layout import PART_SUFFIX, sync_names
 
 ZERO_PAGE = xxhash.xxh3_64_intdigest(bytes(PAGE_BYTES))
 """Checksum of a full page of zeros."""
@@ -174,7 +174,7 @@ def punch_pages(fd: int, pages: int) -> None:
 def copy_pages(source: str, target: str, pages: int, size: int, sync: bool) -> None:
     """A new file `target` of `size` bytes with the given pages of `source` and holes elsewhere; with
     `sync` it is durable, its name too. It is there as a whole or not at all."""
-    part = f"{target}.part"
+    part = target + PART_SUFFIX
     read_fd = os.open(source, os.O_RDONLY | os.O_CLOEXEC)
     try:
         write_fd = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)

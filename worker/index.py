@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from rocksdict import Options, Rdict, WriteBatch
+from rocksdict import AccessType, Options, Rdict, WriteBatch
 
 from alluxiofuse import descriptors
 from alluxiofuse.errors import StateError, UserError
@@ -147,9 +147,12 @@ class Batch:
 class Index:
     """An open index. Calls are quick enough to be made inline, except `sync`."""
 
-    def __init__(self, directory: Path) -> None:
-        """Opens or creates it. UserError when another process has it, StateError when it is not one."""
+    def __init__(self, directory: Path, *, is_readonly: bool = False) -> None:
+        """Opens or creates it. UserError when another process has it, StateError when it is not one.
+        `is_readonly`: changes nothing on disk, and nothing can be written."""
         self.directory = directory
+        if is_readonly and not (directory / "CURRENT").exists():
+            raise StateError(f"{directory} holds no index of a worker")
         try:
             directory.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             directory.mkdir(mode=0o700, exist_ok=True)
@@ -161,7 +164,8 @@ class Index:
         if names and "CURRENT" not in names:
             raise StateError(f"{directory} holds other files and no index: name an empty state directory")
         try:
-            self._db = Rdict(str(directory), options=_options())
+            access = AccessType.read_only() if is_readonly else AccessType.read_write()
+            self._db = Rdict(str(directory), options=_options(), access_type=access)
         except Exception as exc:  # rocksdict raises bare Exception
             if "/LOCK: " in str(exc):
                 raise UserError(
@@ -297,6 +301,14 @@ class Index:
 
     def close(self) -> None:
         self._db.close()
+
+    def items(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
+        """(key without the prefix, value) in key order, as of the first item."""
+        return self._scan(prefix)
+
+    def estimate(self) -> int:
+        """About how many keys it holds."""
+        return int(self._db.property_int_value("rocksdb.estimate-num-keys") or 0)
 
     def _scan(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         last: Any = prefix

@@ -27,6 +27,7 @@ from alluxiofuse.units import format_size
 
 FORMAT = 1
 MARKER = "alluxiofuse.json"
+PART_SUFFIX = ".part"
 _SLAB_NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -102,9 +103,7 @@ def claim(root: Path, marker: Marker) -> int:
     try:
         is_new = os.fstat(fd).st_size == 0
         if is_new:
-            text = {"format": FORMAT, "worker_uuid": marker.worker_uuid, "directory_id": marker.directory_id}
-            os.pwrite(fd, json.dumps(text).encode(), 0)
-            os.fsync(fd)
+            write_marker(fd, marker)
         (root / "slabs").mkdir(mode=0o700, exist_ok=True)
         for number in range(256):
             (root / "slabs" / f"{number:02x}").mkdir(mode=0o700, exist_ok=True)
@@ -126,9 +125,18 @@ def sync_names(directory: str | Path) -> None:
         os.close(fd)
 
 
+def write_marker(fd: int, marker: Marker) -> None:
+    """Into an open, writable file; durable when this returns."""
+    text = {"format": FORMAT, "worker_uuid": marker.worker_uuid, "directory_id": marker.directory_id}
+    raw = json.dumps(text).encode()
+    os.ftruncate(fd, len(raw))
+    os.pwrite(fd, raw, 0)
+    os.fsync(fd)
+
+
 def stored_slabs(root: Path) -> Iterator[int]:
-    """Container ids of all slabs in a tier directory. Files of other names (half moved slabs) are
-    removed on the way."""
+    """Container ids of all slabs in a tier directory. Half moved ones are removed on the way; what has
+    another name is not ours and left alone."""
     for number in range(256):
         folder = root / "slabs" / f"{number:02x}"
         try:
@@ -139,5 +147,20 @@ def stored_slabs(root: Path) -> Iterator[int]:
         for name in names:
             if name.endswith(ending) and _SLAB_NAME.fullmatch(name):
                 yield int(name, 16)
-            elif stat.S_ISREG(os.lstat(folder / name).st_mode):
+            elif name.endswith(PART_SUFFIX) and stat.S_ISREG(os.lstat(folder / name).st_mode):
                 os.unlink(folder / name)
+
+
+FOREIGN, SLAB, PART = 0, 1, 2
+
+
+def slab_of(folder: int, entry: os.DirEntry[str]) -> tuple[int, int]:
+    """What a thing in one of the 256 folders is: (SLAB or PART, container), or (FOREIGN, 0)."""
+    name, is_part = entry.name.removesuffix(PART_SUFFIX), entry.name.endswith(PART_SUFFIX)
+    if (
+        not _SLAB_NAME.fullmatch(name)
+        or int(name[14:], 16) != folder
+        or not entry.is_file(follow_symlinks=False)
+    ):
+        return FOREIGN, 0
+    return (PART if is_part else SLAB), int(name, 16)

@@ -19,6 +19,7 @@ COMMANDS: dict[str, str] = {
     "mount": "alluxiofuse.cli.cmd_mount:mount",
     "umount": "alluxiofuse.cli.cmd_mount:umount",
     "format": "alluxiofuse.cli.cmd_format:format_command",
+    "fsck": "alluxiofuse.cli.cmd_fsck:fsck",
     "fs": "alluxiofuse.cli.cmd_fs:fs",
     "admin": "alluxiofuse.cli.cmd_admin:admin",
 }

@@ -13,6 +13,7 @@ import trio
 
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import SessionExpiredError
+from alluxiofuse.master.fsck import problems
 from alluxiofuse.master.master import Master
 from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.ufs.base import UfsAttrs
@@ -132,7 +133,7 @@ class Running:
     ufs: Path
 
     def validate(self) -> None:
-        assert self.master.namespace.validate() == []
+        assert problems(self.master.store) == []
 
 
 @asynccontextmanager

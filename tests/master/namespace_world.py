@@ -13,15 +13,15 @@ from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.content import Content
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.format import ensure_formatted
+from alluxiofuse.master.fsck import problems
 from alluxiofuse.master.loading import Gate
 from alluxiofuse.master.namespace import Namespace
 from alluxiofuse.master.persist_log import PersistLog
-from alluxiofuse.master.records import InodeRecord
+from alluxiofuse.master.records import InodeRecord, MountRecord
 from alluxiofuse.master.replies import Replies
 from alluxiofuse.master.sessions import Sessions
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.tree import Tree
-from alluxiofuse.master.validate import problems
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.master.xattrs import Xattrs
 from alluxiofuse.ufs.base import Capabilities
@@ -43,6 +43,15 @@ class OneMount:
 
     def is_readonly(self, mount_id: int) -> bool:
         return mount_id in self.readonly
+
+    def record(self, mount_id: int) -> MountRecord | None:
+        return MountRecord(1, ROOT_INO, "test:", False, -1.0, {}) if mount_id == 1 else None
+
+    def is_known(self, mount_id: int) -> bool:
+        return True
+
+    def is_dying(self, mount_id: int) -> bool:
+        return False
 
 
 class NothingToLoad:
@@ -118,7 +127,7 @@ class World:
         return World(self.directory, close_stale_sessions=close_stale_sessions)
 
     def validate(self) -> None:
-        assert problems(self.store) == []
+        assert problems(self.store, self.mounts) == []
 
     def session(self) -> int:
         return self.sessions.open("test", "here", 0, []).session_id

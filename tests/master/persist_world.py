@@ -22,12 +22,12 @@ from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import UfsError, UfsUnavailableError
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.master.clock import Clock
-from alluxiofuse.master.containers import give_container, new_container
+from alluxiofuse.master.containers import forget_container, give_container, new_container
 from alluxiofuse.master.events import Events
 from alluxiofuse.master.format import ensure_formatted
+from alluxiofuse.master.fsck import problems
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_log import PersistLog
-from alluxiofuse.master.persist_validate import persist_problems
 from alluxiofuse.master.persister import Persister
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, u64
@@ -49,6 +49,21 @@ async def until(is_true: Callable[[], bool]) -> None:
     """Poll; the caller's deadline bounds it."""
     while not is_true():  # noqa: ASYNC110 - what is waited for is in a store or a thread
         await trio.sleep(0.005)
+
+
+class KnownMounts:
+    """The mount table of a world, for the check of its store."""
+
+    def __init__(self, table: MountTable) -> None:
+        self.capabilities = table.capabilities
+        self.is_readonly = table.is_readonly
+        self.record = table.record
+
+    def is_known(self, mount_id: int) -> bool:
+        return self.record(mount_id) is not None
+
+    def is_dying(self, mount_id: int) -> bool:
+        return False
 
 
 class Killed(Exception):
@@ -141,9 +156,8 @@ class World:
         return found[:40]
 
     def validate(self) -> None:
-        has_directories = self.mounts.capabilities(1).has_directories
-        problems = persist_problems(self.store, lambda r: stat.S_ISDIR(r.mode) and not has_directories)
-        assert not problems, problems
+        found = problems(self.store, KnownMounts(self.mounts))
+        assert not found, found
 
     # --- namespace --------------------------------------------------------------------------------
 
@@ -197,6 +211,7 @@ class World:
         tx = self.store.transaction()
         record = tx.inode(ino)
         assert record is not None
+        forget_container(tx, record.container)
         record.container = new_container(self.store)
         give_container(tx, record.container, ino)
         self.contents[record.container] = data

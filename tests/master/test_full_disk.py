@@ -19,6 +19,7 @@ from master_world import KERNEL, Client, StandIn
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import StateError
 from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.master.fsck import problems
 from alluxiofuse.master.master import Master
 from alluxiofuse.master.store import Store
 from alluxiofuse.rpc.inprocess import InProcess
@@ -180,7 +181,7 @@ def test_a_master_on_a_full_disk(disk: Path, tmp_path: Path) -> None:
             await until(lambda: (tmp_path / "ufs/after").exists() and (tmp_path / "ufs/before").exists())
             await until(lambda: master.store.inode(orphan.attr.ino) is None)
             await until(master.persister.is_idle)
-            assert master.namespace.validate() == []
+            assert problems(master.store) == []
             nursery.cancel_scope.cancel()
 
     async def main() -> None:

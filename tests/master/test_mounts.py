@@ -14,8 +14,8 @@ import trio
 from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import FsError, StaleError, UfsError, UserError
 from alluxiofuse.ids import ROOT_INO, ROOT_MOUNT_ID
+from alluxiofuse.master.fsck import problems
 from alluxiofuse.master.master import Master
-from alluxiofuse.master.validate import problems
 from alluxiofuse.rpc.base import Peer
 from alluxiofuse.wire import master_ops
 from alluxiofuse.wire.messages import Request

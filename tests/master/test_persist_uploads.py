@@ -11,6 +11,7 @@ from persist_places import Place
 from persist_world import World, until
 
 from alluxiofuse.errors import UfsError
+from alluxiofuse.master.containers import forget_container
 from alluxiofuse.wire.types import PersistCommand
 
 
@@ -279,6 +280,7 @@ def test_open_for_writing_is_left_alone(local_place: Place) -> None:
         tx = world.store.transaction()
         record = tx.inode(ino)
         assert record is not None
+        forget_container(tx, record.container)
         record.home, record.container = 1, 999
         world.log.add(tx, ino, 1)
         tx.put_inode(ino, record)

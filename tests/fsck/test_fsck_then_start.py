@@ -1,0 +1,99 @@
+"""After a repair the daemon starts, and everything that was not lost is right: read through the mount,
+and in the under storage once it is persisted."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import damages as of
+import pytest
+from daemons import LocalDaemon
+from fsck_world import check_clean, find, repair, store_of
+
+Start = Callable[..., LocalDaemon]
+NO_UPLOADS = {"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
+
+GROUPS: dict[str, list[Callable[[LocalDaemon], None]]] = {
+    "records": [
+        of.record_of_a_linked_dirty_file_damaged,
+        of.record_of_a_clean_file_missing,
+        of.name_missing,
+        of.entry_missing,
+        of.counters_too_small,
+        of.removal_of_a_file_that_is_there,
+        of.removal_of_a_renamed_file,
+        of.clean_slab_truncated,
+        of.page_table_of_a_dirty_slab_damaged,
+        of.attribute_of_nobody,
+        of.list_of_names_has_one_too_many,
+        of.record_of_a_dirty_directory_missing,
+    ],
+    "roots": [
+        of.root_missing,
+        of.record_of_a_directory_missing,
+        of.record_of_a_dirty_slab_missing,
+        of.record_of_a_dirty_slab_damaged,
+        of.marker_missing,
+        of.worker_unknown_to_the_master,
+        of.location_not_indexed,
+        of.intents,
+        of.container_not_indexed,
+        of.format_and_cluster_missing,
+    ],
+    "lost and found": [of.directory_and_its_name_missing, of.dirty_slab_of_nobody, of.name_taken_by_another],
+}
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_the_daemon_goes_on(local_daemon: Start, group: str) -> None:
+    site = local_daemon(env=NO_UPLOADS)
+    of.build(site)
+    site.kill()
+    wanted = of.expected()
+    with store_of(site) as store:
+        new, dirty = find(store, "new"), find(store, "dir/dirty")
+    binary = of.container_of(site, "dirty.bin")
+    for damage in GROUPS[group]:
+        damage(site)
+    repair(site.state)
+    if group == "lost and found":
+        for name in ("new", "new/inner"):
+            wanted[f"lost+found/{name.replace('new', f'#{new}')}"] = wanted.pop(name)
+        wanted[f"lost+found/container-{binary}"] = wanted.pop("dirty.bin")
+        wanted[f"lost+found/#{dirty}"] = wanted["dir/dirty"]
+        wanted["dir/dirty"] = wanted["hard1"]
+        wanted["lost+found"] = "dir"
+    site.daemon.env.clear()
+    site.daemon.start()
+    compare(site, wanted)
+    if "dirty.bin" in wanted:
+        assert os.getxattr(site.mount / "dirty.bin", b"user.color") == b"blue"
+    site.wait_persisted()
+    for name, value in wanted.items():
+        path = site.ufs_dir / name
+        if isinstance(value, bytes) and name not in ("hard2", "dir/dirty"):  # one object for several names
+            assert path.read_bytes() == value, name
+    assert not (site.ufs_dir / "removed-before").exists()
+    assert not (site.ufs_dir / "moved-before").exists()
+    (site.mount / "dir" / "more").write_bytes(b"it goes on")
+    assert site.stop() == 0, site.daemon.log_text()
+    assert "Traceback" not in site.daemon.log_text()
+    check_clean(site.state, arguments=("--verify-data",))
+
+
+def compare(site: LocalDaemon, wanted: dict[str, bytes | str]) -> None:
+    for name, value in wanted.items():
+        path = site.mount / name
+        if value == "dir":
+            assert path.is_dir(), name
+        elif isinstance(value, str):
+            assert f"-> {os.readlink(path)}" == value
+        else:
+            assert path.read_bytes() == value, name
+    found = {
+        os.path.relpath(os.path.join(above, name), site.mount)
+        for above, directories, files in os.walk(site.mount)
+        for name in (*directories, *files)
+    }
+    assert found == wanted.keys()
