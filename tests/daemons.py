@@ -355,6 +355,8 @@ class Cluster(Site):
         if self.secret_file is not None:
             self.secret_file.touch(mode=0o600)
             self.secret_file.write_text(secrets.token_hex(32))
+        self.dialled = ""
+        """What workers and mounts that start from now on are given as the master's address; "": its own."""
         self._tier = tier
         self._mount_options = mount_options
         self.master = self._daemon(
@@ -402,7 +404,13 @@ class Cluster(Site):
     def make_worker(self, hostname: str | None = None) -> Daemon:
         """One more, not started."""
         number = len(self.workers) + 1
-        arguments = ["worker", "--master", self.address, "--state", str(self.base / f"worker{number}")]
+        arguments = [
+            "worker",
+            "--master",
+            self.dialled or self.address,
+            "--state",
+            str(self.base / f"worker{number}"),
+        ]
         arguments += ["--port", "0", "--hostname", hostname or f"w{number}"]
         arguments += ["--tier", self._tier.format(base=self.base, number=number)]
         worker = self._daemon(f"worker{number}", arguments)
@@ -416,7 +424,7 @@ class Cluster(Site):
 
     def add_mount(self, directory: Path | None = None, path: str = "") -> Daemon:
         where = directory or self.mount
-        arguments = ["mount", "--foreground", f"{self.address}{path}", str(where)]
+        arguments = ["mount", "--foreground", f"{self.dialled or self.address}{path}", str(where)]
         if SESSION:
             arguments += ["-o", f"session={SESSION}"]
         if self._mount_options:

@@ -23,7 +23,7 @@ SWALLOW = "swallow"
 SLOW = "slow"
 """Byte by byte from there on."""
 TO_SERVER, TO_CLIENT = "to server", "to client"
-SLOW_PAUSE_S = 0.01
+SLOW_PAUSE_S = 0.001
 _LINGER_NOT = struct.pack("ii", 1, 0)
 
 
