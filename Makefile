@@ -15,6 +15,7 @@ FAULTS_KILLS ?= 200
 FAULTS_FILES ?= 1000000
 FAULTS_OPERATIONS ?= 100000
 FAULTS_POWER_CUTS ?= 100
+FAULTS_CUTS ?= 200
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -38,7 +39,7 @@ test: $(VENV)/.installed-test
 # Kills, cut-offs and failing parts, for hours instead of a minute; FAULTS_KILLS=20 and so on for less.
 test-faults: $(VENV)/.installed-test
 	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
-	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) FAULTS_FILES=$(FAULTS_FILES) \
+	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) FAULTS_FILES=$(FAULTS_FILES) FAULTS_CUTS=$(FAULTS_CUTS) \
 		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults $(TEST_ARGS)
 
 check: $(VENV)/.installed-test
