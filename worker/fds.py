@@ -1,10 +1,15 @@
 """Open descriptors of slabs: a bounded cache, least recently used closed first.
 
 Who hands a descriptor to another thread, or to the transport beyond a handler's return, dups it.
+
+Each is opened with a shared flock(2). That belongs to the open file, and so to whoever was passed the
+descriptor too: a client that lost its connection, or a worker that died, leaves it to those who still
+read. So what is about to punch holes can ask whether somebody does, whom no lock of ours names.
 """
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections import OrderedDict
 
@@ -34,6 +39,7 @@ class Descriptors:
 
     def adopt(self, slab: Slab, fd: int) -> None:
         """`fd` is the read-write descriptor of a new slab; closed here later."""
+        _share(fd)
         self._open[slab] = [-1, fd]
         self._trim()
 
@@ -63,7 +69,20 @@ class Descriptors:
                     raise
                 self._give_up_half(slab)
                 pair[kind] = os.open(path, flags | os.O_CLOEXEC)
+            _share(pair[kind])
         return pair[kind]
+
+    def is_held_elsewhere(self, slab: Slab) -> bool:
+        """Somebody has a descriptor of a slab that has neither locks nor pins. OSError."""
+        self.forget(slab)
+        fd = os.open(slab_path(slab.directory.root, slab.container), os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(fd)
+        return False
 
     def _give_up_half(self, kept: Slab) -> None:
         """There are no descriptors left: others may need them more."""
@@ -74,3 +93,7 @@ class Descriptors:
     def _trim(self) -> None:
         while len(self._open) > self._limit:
             self.forget(next(iter(self._open)))
+
+
+def _share(fd: int) -> None:
+    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

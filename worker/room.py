@@ -155,6 +155,8 @@ class Room:
             if isinstance(step, Drop) or not slab.present & ~step.pages:  # type: ignore[union-attr]
                 self._slabs.drop(slab)
                 self._slabs.counters["evicted_slabs"] += 1
+            elif isinstance(step, Punch) and self._slabs.fds.is_held_elsewhere(slab):
+                self._slabs.counters["held_by_strangers"] += 1
             elif isinstance(step, Punch):
                 self._slabs.drop_pages(slab, step.pages)
                 self._slabs.counters["evicted_blocks"] += 1

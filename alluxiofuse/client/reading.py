@@ -93,22 +93,21 @@ async def read(
         not layout.home
         and slab is not None
         and slab.container == layout.container
-        and slab.fd >= 0
-        and slab.is_good
+        and slab.is_readable
         and (length := min(size, layout.size - offset)) > 0
         and slab.has(offset, length)
     ):
         file.read_container = layout.container
-        if not slab.is_complete and offset >= slab.tell_at:
+        if not slab.is_complete and offset >= slab.tell_at and slab.is_good:
             await _tell(slab, offset, length)
-        if slab.is_good:  # Still: the telling may have taken time.
+        if slab.is_readable:  # Still: the telling may have taken time.
             if in_place and slab.is_hot(offset, length):
                 return InSlab(slab.fd, offset, length)
             try:
                 data = await slab.read(offset, length)
             except OSError:
                 data = b""  # Below it is tried again, and elsewhere.
-            if len(data) == length and slab.is_good:
+            if len(data) == length:
                 return data
     return await _Attempts(file, content, in_place=in_place).read(offset, size)
 

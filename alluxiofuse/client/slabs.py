@@ -101,6 +101,12 @@ class Slab:
         """The lock still holds, so the bytes stay where they are."""
         return not self.is_dropped and not self.connection.is_closed
 
+    @property
+    def is_readable(self) -> bool:
+        """Pages that are known to be present may be read by the descriptor, also when the worker died:
+        nobody punches holes into what somebody has open (`worker.fds`)."""
+        return not self.is_dropped and self.fd >= 0
+
     def learn(self, presence: Presence) -> None:
         self.is_complete = self.is_complete or presence.is_complete
         if len(presence.pages) >= len(self.pages):

@@ -6,6 +6,7 @@ import errno
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -260,6 +261,24 @@ def test_work_under_way_goes_on_elsewhere_or_later(cluster: Callable[..., Cluste
     site.wait_persisted("/big")
     assert (site.ufs_dir / "big").read_bytes() == big
     assert sorted(path.name for path in site.ufs_dir.iterdir()) == ["big", "cold"]
+
+
+def test_a_reader_with_the_slab_of_a_dead_worker(cluster: Callable[..., Cluster]) -> None:
+    """On the worker's machine: what it has open it goes on reading, though nobody else has it."""
+    site = cluster(env=DIRTY, workers=0)
+    site.expects_clean_end = False
+    worker = site.add_worker(socket.gethostname())
+    path = site.mount / "file"
+    path.write_bytes(content("file"))
+    with open(path, "rb", buffering=0) as file:
+        assert file.read(10) == content("file")[:10]
+        worker.kill()
+        for _ in range(3):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            assert os.pread(file.fileno(), 300_000, 0) == content("file")
+    assert read(path) == errno.EIO
+    worker.start()
+    wait_until(lambda: read(path) == content("file"), "it is back")
 
 
 def test_a_copied_worker(cluster: Callable[..., Cluster]) -> None:

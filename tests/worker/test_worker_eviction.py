@@ -11,7 +11,9 @@ from worker_world import MB, World, eventually, make_config, pattern, running, t
 
 from alluxiofuse.errors import NoSpaceError, UserError
 from alluxiofuse.wire.types import CleanCommand
+from alluxiofuse.worker.eviction import Punch
 from alluxiofuse.worker.recovery import open_storage
+from alluxiofuse.worker.room import Room
 from alluxiofuse.worker.slab import CLEAN
 
 
@@ -130,13 +132,14 @@ async def test_big_container_loses_its_least_recent_blocks(tmp_path: Path) -> No
         for offset in (128 * MB, 0):
             await world.fetch(attached.lock_id, offset, MB)
         await world.detach(attached.lock_id)
+        os.close(fd)
         await world.settled()
         await world.read_all(2, source)
         slab = world.slabs.by_container[1]
         assert slab.present == slab.block_pages(0) | slab.block_pages(2)
         await eventually(lambda: world.master.blocks[1].blocks == b"\x05", "the master knows")
-        assert os.pread(fd, 4, 5 * MB) == (5).to_bytes(4, "big")
-        os.close(fd)
+        with open(world.slabs.path(slab), "rb") as kept:  # noqa: ASYNC230
+            assert os.pread(kept.fileno(), 4, 5 * MB) == (5).to_bytes(4, "big")
 
 
 @trio_test
@@ -226,3 +229,26 @@ async def test_directory_taken_out_and_put_back_keeps_what_is_dirty(tmp_path: Pa
     async with running(tmp_path, {"SSD": [a, b]}) as world:
         assert await world.read_all(dirty, None, MB) == pattern(MB)
         await trio.lowlevel.checkpoint()
+
+
+@trio_test
+async def test_no_hole_is_punched_into_what_a_stranger_has_open(tmp_path: Path) -> None:
+    """A client whose connection broke, or of a worker that died, has no lock any more, but a descriptor."""
+    async with running(tmp_path, {"SSD": [(tmp_path / "ssd", 100 * MB)]}, high_watermark=1.0) as world:
+        large = pattern(66 * MB, 1)
+        source = world.ufs_file("large", large)
+        attached, fd = await world.attach(1, source)
+        for offset in range(0, 66 * MB, 22 * MB):
+            await world.fetch(attached.lock_id, offset, 22 * MB)
+        await world.detach(attached.lock_id)
+        slab = world.slabs.by_container[1]
+        step = Punch(slab, slab.block_pages(0))
+        room = Room(world.slabs, high_watermark=1.0, low_watermark=1.0)
+        room._execute_now(step)
+        assert os.pread(fd, 66 * MB, 0) == large
+        assert world.slabs.counters["held_by_strangers"] == 1
+        os.close(fd)
+        room._execute_now(step)
+        assert world.slabs.counters["evicted_blocks"] == 1
+        assert await world.read_all(1, source) == large
+        world.validate()
