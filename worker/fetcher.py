@@ -45,6 +45,9 @@ RETRY_WITHIN_S = 10.0
 PATIENCE_S = 60.0
 """A reader whose pages do not come gives up after this long, unless the store has answered others
 meanwhile: then it only waits its turn."""
+SILENT_S = 5.0
+"""For how long reads fail at once after one that found the store silent: a program's read(2) is
+often several requests of the kernel's, each of which would wait as long again."""
 INLINE_VERIFY_BYTES = 256 << 10
 _VERIFY_PAGES = 64
 """Most pages verified by one job."""
@@ -84,9 +87,32 @@ def _silent() -> UfsUnavailableError:
     return UfsUnavailableError(f"the under storage did not answer within {PATIENCE_S:g} s")
 
 
-def _fetch(storage: UnderStorage, source: UfsSource, fd: int, first: int, length: int) -> list[int]:
-    """Blocking: one range into the slab; the checksums of its pages."""
-    return checksums.store_pages(fd, first, read_exactly(storage, source, first * PAGE_BYTES, length))
+class _Range:
+    """Fetches one range into a slab, in a thread; the checksums of its pages. It owns `fd`, so that a
+    thread that is left alone (a stop while the store hangs) writes to nothing else."""
+
+    def __init__(self, storage: UnderStorage, source: UfsSource, fd: int, first: int, length: int) -> None:
+        self._storage, self._source, self._fd = storage, source, fd
+        self._first, self._length = first, length
+        self._is_begun = False
+        self._is_given_up = False
+
+    def run(self) -> list[int]:
+        """Blocking."""
+        self._is_begun = True
+        try:
+            data = read_exactly(self._storage, self._source, self._first * PAGE_BYTES, self._length)
+            if self._is_given_up:
+                raise UnavailableError("the worker is stopping")
+            return checksums.store_pages(self._fd, self._first, data)
+        finally:
+            os.close(self._fd)
+
+    def give_up(self) -> None:
+        """Nobody waits for it any more (or it has ended)."""
+        self._is_given_up = True
+        if not self._is_begun:
+            os.close(self._fd)
 
 
 class Fetcher:
@@ -106,6 +132,8 @@ class Fetcher:
         """The same, for reads that are not cached."""
         self._answered_at_s: dict[int, float] = {}
         """By mount id: when a range last came."""
+        self._silent_until_s: dict[int, float] = {}
+        """By mount id: until when nothing is asked."""
         self._verifiers = trio.CapacityLimiter(2)
         self._demand: deque[Job] = deque()
         self._ahead: deque[Job] = deque()
@@ -152,6 +180,7 @@ class Fetcher:
             absent = fresh & ~slab.present
             if absent:
                 where = self._source(slab, source)
+                self._check_silent(where.mount_id)
                 if self._mounts.known(where.mount_id) is None:
                     await self._mounts.storage(where.mount_id)
                     continue
@@ -197,6 +226,7 @@ class Fetcher:
         """Bytes straight from the under storage, not cached."""
         storage = await self._mounts.storage(source.mount_id)
         self._slabs.counters["uncached_reads"] += 1
+        self._check_silent(source.mount_id)
         limiter = self._limiter(self._direct, source.mount_id)
         began = trio.current_time()
         with trio.move_on_after(PATIENCE_S):
@@ -259,6 +289,16 @@ class Fetcher:
             if mount_id and answered_at_s <= since_s:
                 raise self._given_up(_silent())
             since_s = max(answered_at_s, trio.current_time() - PATIENCE_S + 1.0)
+
+    def _note_silence(self, mount_id: int, began_s: float) -> None:
+        """What began then failed; nothing else was answered since."""
+        now = trio.current_time()
+        if now - began_s > RETRY_WITHIN_S and self._answered_at_s.get(mount_id, 0.0) <= began_s:
+            self._silent_until_s[mount_id] = now + SILENT_S
+
+    def _check_silent(self, mount_id: int) -> None:
+        if trio.current_time() < self._silent_until_s.get(mount_id, 0.0):
+            raise self._given_up(UfsUnavailableError("the under storage did not answer a moment ago"))
 
     def _given_up(self, exc: UfsUnavailableError) -> UfsUnavailableError:
         """A program is told EIO."""
@@ -379,19 +419,19 @@ class Fetcher:
         began = trio.current_time()
         for attempt in range(ATTEMPTS):
             fd = os.dup(self._slabs.fds.for_writing(job.slab))
+            work = _Range(storage, source, fd, job.first, length)
             try:
-                sums = await trio.to_thread.run_sync(
-                    _fetch, storage, source, fd, job.first, length, limiter=limiter
-                )
+                sums = await trio.to_thread.run_sync(work.run, limiter=limiter, abandon_on_cancel=True)
                 self._answered_at_s[source.mount_id] = trio.current_time()
                 self._slabs.counters["ufs_read_bytes"] += length
                 return sums
             except UfsUnavailableError as exc:
                 self._slabs.counters["fetch_retries"] += 1
                 if attempt == ATTEMPTS - 1 or trio.current_time() - began > RETRY_WITHIN_S:
+                    self._note_silence(source.mount_id, began)
                     raise self._given_up(exc) from None
             finally:
-                os.close(fd)
+                work.give_up()
             await trio.sleep(BACKOFF_S * 4**attempt)
         raise UfsChangedError("unreachable")
 

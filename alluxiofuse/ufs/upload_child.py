@@ -52,7 +52,10 @@ class Child:
 
     def run(self) -> None:
         while True:
-            data, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET_BYTES, 1)
+            try:
+                data, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET_BYTES, 1)
+            except ConnectionResetError:  # the worker was killed with answers unread
+                break
             if not data:
                 break
             order: Order = decode(data, Order)  # type: ignore[arg-type]  # a union is a type to msgspec

@@ -23,6 +23,8 @@ from alluxiofuse.ufs.s3_pace import ATTEMPTS, MOST_AT_ONCE, Pace, Throttled
 MIB = 1 << 20
 ATTRS = UfsAttrs(0o644, 0, 0, 0)
 TIMEOUT_S = 2
+ROUNDS = int(os.environ.get("FAULTS_S3_ROUNDS") or 60)
+LONG = pytest.mark.skipif(not os.environ.get("FAULTS_S3_ROUNDS"), reason="long: with FAULTS_S3_ROUNDS set")
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +88,9 @@ PASSING: list[Action] = [
 ]
 
 
-@pytest.mark.parametrize("action", PASSING, ids=str)
+@pytest.mark.parametrize(
+    "action", [*PASSING[:2], pytest.param(PASSING[2], marks=LONG), *PASSING[3:]], ids=str
+)
 def test_what_fails_once_is_done_again(store: S3UnderStorage, proxy: S3Proxy, action: Action) -> None:
     """Every operation, its first request failing, or only the answer to it lost."""
 
@@ -118,7 +122,7 @@ def test_what_fails_once_is_done_again(store: S3UnderStorage, proxy: S3Proxy, ac
     assert "ufs_given_up" not in counts
 
 
-@pytest.mark.parametrize("action", [Answer(500, "InternalError"), Answer(503, "SlowDown"), Cut()], ids=str)
+@pytest.mark.parametrize("action", [Answer(500, "InternalError"), pytest.param(Cut(), marks=LONG)], ids=str)
 def test_what_always_fails_is_given_up_after_a_few_attempts(
     store: S3UnderStorage, proxy: S3Proxy, s3_server: SeaweedS3, bucket: str, action: Action
 ) -> None:
@@ -135,15 +139,10 @@ def test_what_always_fails_is_given_up_after_a_few_attempts(
         proxy.forget()
         with proxy.failing(Rule(action=action)), pytest.raises(UfsUnavailableError):
             call()
-        asked = proxy.operations()
-        if action == Answer(503, "SlowDown"):  # perhaps none at all: the pause was longer
-            assert asked.total() == asked[operation] <= 10
-        else:
-            assert asked == {operation: ATTEMPTS}
+        assert proxy.operations() == {operation: ATTEMPTS}
     with proxy.failing(Rule("UploadPart", action)), pytest.raises(UfsUnavailableError):
         put(store, b"big", bytes(6 * MIB))
-    if action != Answer(503, "SlowDown"):  # the same: the abortion is left for later
-        assert uploads_left(s3_server, bucket, store) == []
+    assert uploads_left(s3_server, bucket, store) == []
     assert store.counts()["ufs_given_up"] > len(calls)
     assert bytes(store.read(b"a", 0, 3)) == b"one", "all is well again"
 
@@ -162,7 +161,7 @@ def test_a_tenth_of_the_requests_fails(store: S3UnderStorage, proxy: S3Proxy) ->
     wanted: dict[bytes, bytes] = {}
     failed = 0
     with proxy.failing(*rules):
-        for number in range(120):
+        for number in range(ROUNDS):
             path, data = b"f%d" % (number % 30), os.urandom(number * 500)
             try:
                 put(store, path, data)
@@ -174,13 +173,13 @@ def test_a_tenth_of_the_requests_fails(store: S3UnderStorage, proxy: S3Proxy) ->
             except (UfsUnavailableError, UfsChangedError):
                 failed += 1
                 wanted.pop(path, None)
-    assert failed < 30
+    assert failed < ROUNDS / 4
     for path, data in wanted.items():
         assert bytes(store.read(path, 0, len(data))) == data
-    assert store.counts()["ufs_retries"] > 5
+    assert store.counts()["ufs_retries"] > 1
 
 
-@pytest.mark.parametrize("is_done", [False, True])
+@pytest.mark.parametrize("is_done", [False, pytest.param(True, marks=LONG)])
 def test_a_silent_store_costs_one_timeout(store: S3UnderStorage, proxy: S3Proxy, is_done: bool) -> None:
     put(store, b"a", b"one")
     assert bytes(store.read(b"a", 0, 3)) == b"one"
