@@ -102,6 +102,16 @@ def pwrite_all(fd: int, data: Buffer, offset: int) -> None:
             done += os.pwrite(fd, view[done:], offset + done)
 
 
+def append_all(fd: int, data: Buffer) -> None:
+    """All of `data` to the end of the file, in one piece whoever else appends: others have the
+    descriptor too, so only the kernel knows where the end is. OSError as of `pwrite_all`."""
+    done = os.pwritev(fd, [data], 0, os.RWF_APPEND)
+    if done < len(data):
+        view = memoryview(data)
+        while done < len(view):
+            done += os.pwritev(fd, [view[done:]], 0, os.RWF_APPEND)
+
+
 def store_pages(fd: int, first: int, data: Buffer) -> list[int]:
     """Write `data`, which starts at page `first`, to the slab, leaving out pages of zeros; the
     checksum of each page."""

@@ -78,7 +78,6 @@ class Slab:
         "state",
         "upload",
         "verified",
-        "write_end",
         "writers",
         "writes",
         "zeros",
@@ -137,8 +136,6 @@ class Slab:
         self.islands = 0
         """While WRITING: pages beyond the granted end that writers may write to; what lies between
         are holes, which cost nothing."""
-        self.write_end = 0
-        """While WRITING: end of appends that are on their way to the file."""
         self.dirty_pages = 0
         """While WRITING: pages that ended writers changed; -1: any."""
 

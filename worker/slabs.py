@@ -425,7 +425,7 @@ class Slabs(Accounts):
         last = after - 1
         if last in sums and is_zero(sums[last], page_length(last, size)):
             slab.zeros |= 1 << last
-        slab.dirty_pages = slab.reserved = slab.granted_end = slab.islands = slab.write_end = 0
+        slab.dirty_pages = slab.reserved = slab.granted_end = slab.islands = 0
         batch.put(slab.container, self._record(slab))
         self.index.commit(batch)
         self.account(slab)

@@ -344,44 +344,50 @@ class Writing:
         length = len(payload)
         if length > MAX_IO_BYTES:
             raise BadRequestError(f"a write of more than {MAX_IO_BYTES} bytes")
-        offset = request.offset
-        if request.append:
-            offset = max(os.fstat(self._fd(slab)).st_size, slab.write_end)
+        # Of an append: about there, as those who have the descriptor append too.
+        offset = os.fstat(self._fd(slab)).st_size if request.append else request.offset
         if not length:
             return offset
-        end = offset + length
-        slab.write_end = max(slab.write_end, end) if request.append else slab.write_end
-        if length > _INLINE_BYTES or not self._grow_now(slab, offset, end):
-            return self._write_slowly(request.lock_id, offset, bytes(payload))
-        touched = pages_of(offset, length)
-        slab.dirty_pages |= span(touched.start, len(touched))
+        if length > _INLINE_BYTES or not self._grow_now(slab, offset, offset + length):
+            return self._write_slowly(request, offset, bytes(payload))
+        self._touch(slab, offset, length)
         try:
-            checksums.pwrite_all(self._fd(slab), payload, offset)
+            _put(self._fd(slab), payload, offset, request.append)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
-        return offset
+        return self._appended(slab, offset, length) if request.append else offset
 
-    async def _write_slowly(self, lock_id: int, offset: int, data: bytes) -> int:
-        slab = self._writer(lock_id).slab
+    async def _write_slowly(self, request: Write, offset: int, data: bytes) -> int:
+        slab = self._writer(request.lock_id).slab
         self._slabs.pin(slab)
         try:
             await self._grow(slab, offset, offset + len(data))
-            self._writer(lock_id)
-            touched = pages_of(offset, len(data))
-            slab.dirty_pages |= span(touched.start, len(touched))
+            self._writer(request.lock_id)
+            self._touch(slab, offset, len(data))
             fd = os.dup(self._fd(slab))
             try:
-                await trio.to_thread.run_sync(checksums.pwrite_all, fd, data, offset, limiter=self._threads)
+                await trio.to_thread.run_sync(_put, fd, data, offset, request.append, limiter=self._threads)
             finally:
                 os.close(fd)
-        except NoSpaceError:
-            slab.write_end = 0
-            raise
+            return self._appended(slab, offset, len(data)) if request.append else offset
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
             self._slabs.unpin(slab)
-        return offset
+
+    def _appended(self, slab: Slab, start: int, length: int) -> int:
+        """What was appended lies between `start` and the end: account for all of that. Where it is,
+        unless others have appended since."""
+        end = os.fstat(self._fd(slab)).st_size
+        if end > start + length:
+            self._touch(slab, start, end - start)
+            self._grow_now(slab, start, end)
+        return max(start, end - length)
+
+    @staticmethod
+    def _touch(slab: Slab, offset: int, length: int) -> None:
+        touched = pages_of(offset, length)
+        slab.dirty_pages |= span(touched.start, len(touched))
 
     def truncate(self, peer: Peer, request: Truncate) -> Nothing | Awaitable[Nothing]:
         """Growing makes a hole and needs no room beyond the page in which it begins."""
@@ -422,7 +428,6 @@ class Writing:
             os.ftruncate(fd, size)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
-        slab.write_end = 0
         slab.dirty_pages |= -1 << min(before, size) // PAGE_BYTES
         return NOTHING
 
@@ -539,6 +544,13 @@ class Writing:
             return self._slabs.fds.for_writing(slab)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
+
+
+def _put(fd: int, data: Buffer, offset: int, is_append: bool) -> None:
+    if is_append:
+        checksums.append_all(fd, data)
+    else:
+        checksums.pwrite_all(fd, data, offset)
 
 
 def _sync(fd: int, new_path: str, slabs: Slabs) -> None:

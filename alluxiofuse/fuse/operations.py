@@ -75,6 +75,8 @@ class Operations(pyfuse3.Operations):
         self._parents: dict[int, int] = {}
         """Of directories that were looked up or listed: `..` of a listing, no more."""
         self._kernel = kernel
+        self.maps_direct_io = False
+        """The kernel lets programs map files that were opened for direct I/O (set by the driver)."""
         self._reply_entry = reply_entry
 
     def _void(self, ino: int | None) -> None:
@@ -344,7 +346,10 @@ class Operations(pyfuse3.Operations):
 
     def _opened(self, ino: int, flags: int, file: OpenFile) -> pyfuse3.FileInfo:
         fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file))
-        return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache)
+        # Through its page cache the kernel sends what crosses a page that it has not read in two writes,
+        # and what another mount appends could come between.
+        is_direct = file.is_append and file.is_writer and (not file.is_reader or self.maps_direct_io)
+        return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache, direct_io=is_direct)
 
     def _warn_kernel(self, attr: Attr, flags: int) -> None:
         """What is opened has other attributes than the kernel was told: it must ask again, even if the
@@ -363,10 +368,16 @@ class Operations(pyfuse3.Operations):
         return await self.files.get(fh).file.read_in_place(off, size)
 
     @guarded
-    async def write(self, fh: int, off: int, buf: bytes) -> int:
+    async def write(self, fh: int, off: int, buf: bytes, is_mapped: bool | None = None) -> int:
+        """`is_mapped`: a page of a shared mapping is written back, where it belongs, whatever handle of
+        the inode the kernel chose; None: the kernel's word did not reach us."""
         handle = self.files.get(fh)
         file = handle.file
-        is_append = file.is_append and not self.view.is_mapped_write(handle.ino, off)
+        is_append = file.is_append
+        if is_append and is_mapped is None:
+            # A descriptor that can't be read can't have been mapped.
+            is_mapped = file.is_reader and self.view.is_mapped_write(handle.ino, off)
+        is_append = is_append and not is_mapped
         count = await file.write(off, buf, is_append=is_append)
         self.view.grown(handle.ino, off + count)
         self._changed(handle.ino)

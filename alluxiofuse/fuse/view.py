@@ -10,6 +10,7 @@ kernel's root (1). Everything here belongs to the trio thread.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pyfuse3
@@ -27,6 +28,9 @@ _REGULAR = 0o100000
 """S_IFMT and S_IFREG."""
 MAPPED_BYTES = 4096
 """A page of the kernel's."""
+ON_ITS_WAY_S = 0.25
+"""How long an answer may take to the kernel."""
+MAX_OUTGROWN = 1000
 MAX_TOP_NAMES = 1 << 20
 """Names in the root directory that are remembered for `reset`; further ones are not cached."""
 
@@ -68,6 +72,9 @@ class KernelView:
         self._known: dict[int, _Known] = {}
         self._top_names: set[bytes] = set()
         """Names of the root directory that the kernel may have cached, also as not existing."""
+        self._former_sizes: dict[int, tuple[int, float]] = {}
+        """Of some inodes that were written elsewhere while the kernel knew them: the size before it was
+        told of a larger one, and until when it may still go by it. The oldest first."""
 
     def connect(self, invalidator: Invalidator) -> None:
         """From now on tell the kernel what to forget."""
@@ -94,7 +101,11 @@ class KernelView:
         """A write by a handle with O_APPEND that is not to the end: the kernel writes pages of shared
         mappings back by any handle of the inode, and appends at the end as it knows it."""
         known = self._known.get(ino)
-        return known is not None and offset < known.size and not offset % MAPPED_BYTES
+        if known is None or offset >= known.size or offset % MAPPED_BYTES:
+            return False
+        # An append to an end that has just moved on: the kernel may not have had our newer answer yet.
+        size, until = self._former_sizes.get(ino, (-1, 0.0))
+        return offset != size or time.monotonic() > until
 
     def grown(self, ino: int, end: int) -> None:
         """The kernel wrote up to `end`."""
@@ -141,8 +152,16 @@ class KernelView:
             known = self._known[attr.ino] = _Known()
         known.told = version(attr)
         known.cache_s = attr.cache_s
+        if attr.size > known.size and attr.home:
+            self._outgrown(attr.ino, known.size)
         known.size = attr.size
         return known
+
+    def _outgrown(self, ino: int, size: int) -> None:
+        self._former_sizes.pop(ino, None)
+        self._former_sizes[ino] = size, time.monotonic() + ON_ITS_WAY_S
+        if len(self._former_sizes) > MAX_OUTGROWN:
+            del self._former_sizes[next(iter(self._former_sizes))]
 
     def _entry_timeouts(self, attr: Attr, parent: int, name: bytes, since: int) -> tuple[float, float]:
         return self._entry_timeout(attr.cache_s, parent, name, since), self._attr_timeout(attr, since)
@@ -185,6 +204,7 @@ class KernelView:
         known.lookups -= count
         if known.lookups <= 0 and ino != self.root_ino:
             del self._known[ino]
+            self._former_sizes.pop(ino, None)
             self.on_void(ino)
 
     def forget_name(self, parent: int, name: bytes) -> None:
@@ -246,20 +266,32 @@ class Listing:
         """Valid until the next call; `taken` must follow when the kernel had room for it."""
         if not self._is_current:
             fill(self._out, attr, *self._view._entry_timeouts(attr, self._parent, name, self._since))
+            if attr.home:
+                self._keep_size(attr)
             return self._out
         cache_s, limit_s = attr.cache_s, self._limit_s
         valid_s = cache_s if 0.0 <= cache_s <= limit_s else max(0.0, min(cache_s, limit_s))
         is_remembered = not self._is_top or self._view._remember_top(name)
         fill(self._out, attr, valid_s if is_remembered else 0.0, 0.0 if attr.home else valid_s)
+        if attr.home:
+            self._keep_size(attr)
         return self._out
+
+    def _keep_size(self, attr: Attr) -> None:
+        """Of what is being written a listing has an older size, and the kernel would cut a mapping there
+        before it asks."""
+        known = self._known.get(attr.ino)
+        if known is not None and known.told:
+            self._out.st_size = known.size
 
     def taken(self, attr: Attr) -> None:
         known = self._known.get(attr.ino)
         if known is None:
             known = self._known[attr.ino] = _Known()
+        if not (attr.home and known.told):
+            known.size = attr.size
         known.told = version(attr)
         known.cache_s = attr.cache_s
-        known.size = attr.size
         known.lookups += 1
 
 

@@ -21,12 +21,17 @@ OPERATIONS = int(os.environ.get("FAULTS_OPERATIONS", "1000"))
 """Of each of the three layouts."""
 SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
 
+SESSIONS = os.environ.get("FAULTS_SESSIONS", "native,pyfuse3").split(",")
+"""Of the first mount, and of the second."""
+
 
 @contextmanager
 def running(site: TwoMounts) -> Iterator[TwoMounts]:
     try:
         yield site.start()
     except BaseException:
+        for daemon in site.daemons:
+            print(f"--- {daemon.name}\n{daemon.log_text()[-3000:]}")
         site.expects_clean_end = False
         site.close()
         raise
@@ -37,7 +42,8 @@ def running(site: TwoMounts) -> Iterator[TwoMounts]:
 @pytest.mark.parametrize("workers", ["own", "one", "remote"])
 def test_random_operations(workers: str, tmp_path: Path) -> None:
     print(f"SEED={SEED} FAULTS_OPERATIONS={OPERATIONS} -k {workers}")
-    site = TwoMounts(workers=workers, master_arguments=["--sync-interval", "-1"])
+    options = f"session={SESSIONS[0]}", f"session={SESSIONS[-1]}"
+    site = TwoMounts(workers=workers, mount_options=options, master_arguments=["--sync-interval", "-1"])
     shm = "/dev/shm" if os.path.isdir("/dev/shm") else None  # noqa: S108 - a fast directory
     with running(site), tempfile.TemporaryDirectory(prefix="af-plain-", dir=shm) as plain:
         model = Model(site.mounts, Path(plain), SEED)

@@ -47,7 +47,7 @@ class Recorder:
         finally:
             self.running -= 1
 
-    async def write(self, fh: int, offset: int, data: memoryview) -> int:
+    async def write(self, fh: int, offset: int, data: memoryview, is_mapped: bool) -> int:
         if fh in self.gates:
             await self.gates[fh].wait()
         self.written.append(bytes(data))

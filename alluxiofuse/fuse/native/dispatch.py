@@ -131,6 +131,10 @@ class Dispatcher:
             log.debug("FUSE opcode %d is not implemented", request.opcode)
         return handler
 
+    def negotiated(self, flags: int) -> None:
+        """What both sides of this session can do (`abi.Init`)."""
+        self._ops.maps_direct_io = bool(flags & abi.Init.DIRECT_IO_ALLOW_MMAP)
+
     # --- names ------------------------------------------------------------------------------------------
 
     async def _lookup(self, r: Request) -> Payload:
@@ -242,6 +246,8 @@ class Dispatcher:
     @staticmethod
     def _opened(info: Any, flags: int) -> bytes:
         answer = Fopen.KEEP_CACHE if info.keep_cache else 0
+        if info.direct_io:
+            answer |= Fopen.DIRECT_IO
         if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
             answer |= Fopen.NOFLUSH
         return abi.OPEN_OUT.pack(info.fh, answer, 0)
@@ -254,8 +260,9 @@ class Dispatcher:
 
     async def _write(self, r: Request) -> Payload:
         assert r.data is not None
-        fh, offset, size = r.fields[:3]
-        return abi.WRITE_OUT.pack(await self._ops.write(fh, offset, r.data[:size]), 0)
+        fh, offset, size, write_flags = r.fields[:4]
+        is_mapped = bool(write_flags & abi.WRITE_CACHE)
+        return abi.WRITE_OUT.pack(await self._ops.write(fh, offset, r.data[:size], is_mapped), 0)
 
     async def _flush(self, r: Request) -> Payload:
         await self._ops.flush(r.fields[0])

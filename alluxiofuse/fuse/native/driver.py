@@ -45,6 +45,7 @@ _WANTED = (
     | Init.ABORT_ERROR
     | Init.MAX_PAGES
     | Init.INIT_EXT
+    | Init.DIRECT_IO_ALLOW_MMAP
 )
 _INTERRUPTIBLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READ, Op.READDIR, Op.READDIRPLUS, Op.GETXATTR, Op.LISTXATTR}
@@ -173,6 +174,8 @@ class NativeDriver:
             device.send(messages.failure(request.unique, errno.EPROTO))
             raise UserError(f"the kernel's FUSE protocol {major}.{minor} is too old")
         flags = int(_WANTED) & offered
+        assert self._dispatcher is not None
+        self._dispatcher.negotiated(flags)
         answer = abi.INIT_OUT.pack(
             abi.VERSION,
             min(minor, abi.MINOR),
