@@ -45,6 +45,8 @@ class Workers(Protocol):
 
     def holders(self, container: int) -> list[int]: ...
 
+    def blocks_of(self, container: int) -> dict[int, bytes]: ...
+
     def has_container(self, worker_id: int, container: int) -> bool: ...
 
     def drop_container(self, container: int, also: int = 0) -> None: ...
@@ -92,9 +94,20 @@ class Content:
                 layout.base_container, layout.base_size = record.base_container, record.base_size
                 layout.source = self._source(ino, record, record.base_container)
         elif record.container:
-            layout.source = self._source(ino, record, record.container)
             layout.workers = self._holders(record)
+            # Of an orphan the object may be another file's by now: who has all of it needs none.
+            if record.nlink or not self._whole_at(record):
+                layout.source = self._source(ino, record, record.container)
         return layout
+
+    def _whole_at(self, record: InodeRecord) -> int:
+        """An alive worker that has all blocks of the content; 0: none."""
+        block_bytes = record.block_bytes or self._block_bytes
+        count = -(-record.size // block_bytes)
+        for worker_id, blocks in self._workers.blocks_of(record.container).items():
+            if int.from_bytes(blocks, "little").bit_count() == count:
+                return worker_id
+        return 0
 
     def _source(self, ino: int, record: InodeRecord, container: int) -> UfsSource | None:
         if not record.is_in_ufs or record.ufs_container != container:
@@ -253,6 +266,8 @@ class Content:
     def _choose_home(self, req: BeginWrite, record: InodeRecord) -> int:
         """Any worker may take clean, empty or unwanted content; dirty content binds to its worker."""
         is_free = req.truncate or not record.size or not record.container or is_clean(record)
+        if is_free and not req.truncate and not record.nlink and (home := self._whole_at(record)):
+            return home
         if is_free:
             return self._workers.choose_home(req.home)
         holders = [record.held_by] if record.held_by else self._workers.holders(record.container)

@@ -133,11 +133,10 @@ class Content:
         if self.layout is before:
             self.take(opened.attr, opened.layout)
 
-    async def source_changed(self, layout: Layout) -> None:
-        """The under storage has another version than `layout` says. The master's errors when the
-        object is gone."""
+    async def source_changed(self, layout: Layout) -> bool:
+        """The under storage has another version than `layout` says; False: no, only elsewhere, because it
+        was renamed. The master's errors when the object is gone."""
         session = self.core.session
-        self.replaced.add(layout.container)
         self.core.kernel_pages.forget(self.ino)
         new = await session.call(
             ops.SourceChanged(session.id, self.ino, layout.container), is_idempotent=True
@@ -145,6 +144,10 @@ class Content:
         if self.layout is layout:
             attr = msgspec.structs.replace(self.attr, size=new.size, container=new.container)
             self.take(attr, new)
+        if new.container == layout.container:
+            return False
+        self.replaced.add(layout.container)
+        return True
 
     def drop_slab(self) -> None:
         slab, self.slab = self.slab, None

@@ -24,6 +24,7 @@ from alluxiofuse.errors import (
     SessionExpiredError,
     StaleError,
     UfsChangedError,
+    UfsNotFoundError,
     UnavailableError,
 )
 from alluxiofuse.rpc import interrupt
@@ -179,7 +180,7 @@ class _Attempts:
             worker_id = self._core.workers.pick(layout, self._excluded)
             try:
                 return await attempt(worker_id, layout, offset, length)
-            except UfsChangedError:
+            except (UfsChangedError, UfsNotFoundError):
                 await self._source_changed(layout)
             except StaleError as exc:
                 if layout.source is None and not layout.home and worker_id not in layout.workers:
@@ -196,8 +197,10 @@ class _Attempts:
 
     async def _source_changed(self, layout: Layout) -> None:
         self._count_stale(StaleError("the file keeps being replaced in the under storage"))
-        await self._content.source_changed(layout)
-        if self._file.read_container == layout.container:
+        if not await self._content.source_changed(layout):
+            self._discard_slab()  # The worker goes by the source with which it was attached.
+            await trio.sleep(_RETRY_S)
+        elif self._file.read_container == layout.container:
             raise StaleError("the file was replaced in the under storage while it was read")
 
     async def _stale(self, exc: StaleError) -> None:
