@@ -55,6 +55,7 @@ POLL_S = 30.0
 REFUSED_S = 45.0
 """After so long a refusal is no matter of time."""
 REPORTS_PER_CALL = 5000
+FREES_PER_STEP = 4
 REPORT_PAUSE_S = 0.05
 """Between calls that report clean containers: each keeps the master from others for some 20 ms."""
 SEE_EVERY_S = 10.0
@@ -189,7 +190,7 @@ class Reporter:
         has_more = bool(self._clean_left)
         request = ReportBlocks(me.address.worker_id, me.epoch, reports, is_last, has_more)
         accepted = await self._master.call(request)
-        self._free(accepted.unknown, keep_dirty=False)
+        await self._free(accepted.unknown, keep_dirty=False)
         self._clean(accepted.clean)
 
     async def _report_clean(self) -> None:
@@ -310,7 +311,7 @@ class Reporter:
     async def _execute(self, command: Command) -> None:
         """In order; uploads go on beside."""
         if isinstance(command, FreeCommand):
-            self._free(command.containers, keep_dirty=command.keep_dirty)
+            await self._free(command.containers, keep_dirty=command.keep_dirty)
         elif isinstance(command, CleanCommand):
             self._clean(command.containers)
         elif isinstance(command, CancelPersistCommand):
@@ -328,16 +329,24 @@ class Reporter:
         finally:
             self._persisting.release_on_behalf_of(token)
 
-    def _free(self, containers: list[int], *, keep_dirty: bool) -> None:
-        for container in containers:
-            slab = self._slabs.get(container)
-            if slab is None:
-                self._slabs.changed[container] = None
-                continue
-            if slab.upload is not None and not keep_dirty:
-                slab.upload.cancel()
-            if not self._slabs.free(slab, keep_dirty=keep_dirty):
-                self._slabs.changed[container] = None
+    async def _free(self, containers: list[int], *, keep_dirty: bool) -> None:
+        """Thousands at once when a tree was removed, and on a busy disk each unlink may take a
+        millisecond: others have their turn in between. Cancelled: what is left is told again, or found
+        unknown, at the next registration."""
+        for number, container in enumerate(containers, 1):
+            self._free_one(container, keep_dirty=keep_dirty)
+            if number % FREES_PER_STEP == 0:
+                await trio.lowlevel.checkpoint()
+
+    def _free_one(self, container: int, *, keep_dirty: bool) -> None:
+        slab = self._slabs.get(container)
+        if slab is None:
+            self._slabs.changed[container] = None
+            return
+        if slab.upload is not None and not keep_dirty:
+            slab.upload.cancel()
+        if not self._slabs.free(slab, keep_dirty=keep_dirty):
+            self._slabs.changed[container] = None
 
     def _clean(self, containers: list[int]) -> None:
         for container in containers:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from pathlib import Path
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
 from worker_world import MB, eventually, pattern, running, trio_test
 
 from alluxiofuse.errors import UnavailableError, UserError
 from alluxiofuse.rpc.inprocess import InProcess
+from alluxiofuse.wire.types import FreeCommand
 from alluxiofuse.wire.worker_ops import WorkerReport
 from alluxiofuse.worker import checksums, reporting
 from alluxiofuse.worker.checksums import ZERO_PAGE
@@ -171,6 +174,28 @@ async def test_what_only_this_worker_has_is_reported_first(tmp_path: Path) -> No
             await eventually(lambda: not master.reports[-1].has_more, "the rest is reported")
             assert [len(request.reports) for request in master.reports] == [2, 3, 3, 1]
             assert set(master.blocks) == {dirty, 999, *range(100, 107)}
+
+
+@trio_test
+async def test_a_tree_that_is_removed_does_not_keep_others_waiting(tmp_path: Path) -> None:
+    async with running(tmp_path) as world:
+        containers = [(await world.write_new(pattern(10)))[0] for _ in range(60)]
+        turns: list[int] = []
+        turn = 0
+        drop = world.slabs.drop
+
+        def noting(slab: Slab) -> None:
+            turns.append(turn)
+            drop(slab)
+
+        world.slabs.drop = noting  # type: ignore[method-assign]
+        world.master.send(FreeCommand(containers, keep_dirty=False))
+        while world.slabs.by_container:
+            turn += 1
+            await trio.lowlevel.checkpoint()
+        assert len(turns) == len(containers)
+        # Tasks take their turns in any order: one may come last in a round and first in the next.
+        assert max(Counter(turns).values()) <= 2 * reporting.FREES_PER_STEP
 
 
 @trio_test
