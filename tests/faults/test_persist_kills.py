@@ -13,9 +13,13 @@ of them; FAULTS_SEED chooses.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import random
+import shutil
+import subprocess
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -289,3 +293,77 @@ def test_killed_at_a_moment(local_daemon: Callable[..., LocalDaemon]) -> None:
         assert tree_of(site.ufs_dir / f"run{count}") == acknowledged, name
         hidden = list(site.ufs_dir.rglob(".alluxiofuse-*"))
         assert hidden == [], name
+
+
+TRACED = "rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,symlinkat,ftruncate,fsync,linkat"
+
+
+def processes_of(pid: int) -> list[int]:
+    """The daemon and those that it started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(int(child) for child in children)]
+
+
+@contextlib.contextmanager
+def killed_at_call(site: LocalDaemon, number: int) -> Iterator[None]:
+    """The `number`-th of the traced system calls of any thread kills its process before it is done."""
+    pids = [argument for pid in processes_of(site.daemon.pid) for argument in ("-p", str(pid))]
+    inject = f"inject={TRACED}:signal=SIGKILL:when={number}"
+    command = ["strace", "-f", "-o", "/dev/null", *pids, "-e", f"trace={TRACED}", "-e", inject]
+    with subprocess.Popen(command, stderr=subprocess.PIPE) as tracer:
+        assert tracer.stderr is not None
+        for _ in pids[::2]:
+            assert b"attached" in tracer.stderr.readline()
+        drained = threading.Thread(target=tracer.stderr.read)
+        drained.start()
+        try:
+            yield
+        finally:
+            tracer.terminate()
+            drained.join()
+
+
+@pytest.mark.skipif(not HOW_MANY, reason="long: with FAULTS_PERSIST_KILLS set")
+@pytest.mark.skipif(shutil.which("strace") is None, reason="no strace")
+def test_killed_at_a_system_call(local_daemon: Callable[..., LocalDaemon]) -> None:
+    """Of the daemon or of its upload process. `when` counts by thread, so low numbers are most."""
+    site = local_daemon(env={"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1500ms"})
+    site.expects_clean_end = False
+    dice = random.Random(SEED)
+    rounds = 200 if HOW_MANY == "all" else int(HOW_MANY)
+    died = 0
+    for count in range(rounds):
+        name, number = dice.choice(list(SCENARIOS)), dice.choice((1, 1, 2, 2, 3, 4, 6))
+        prepare, change = SCENARIOS[name]
+        top = site.mount / f"run{count}"
+        top.mkdir()
+        prepare(top)
+        wait_log_empty(site)
+        before = processes_of(site.daemon.pid)
+        print(f"{name}, call {number}", flush=True)
+        acknowledged: Tree | None = None
+        try:
+            with killed_at_call(site, number):
+                change(top)
+                acknowledged = tree_of(top)
+                ends_s = time.monotonic() + 8
+                while processes_of(site.daemon.pid) == before and time.monotonic() < ends_s:
+                    time.sleep(0.1)
+        except OSError:
+            pass  # the daemon died: of itself or while it was looked at
+        if acknowledged is None:  # it died in the middle of the change
+            site.daemon.kill()
+            site.daemon.start()
+            wait_log_empty(site)
+            assert tree_of(site.ufs_dir / f"run{count}") == tree_of(top), name
+            continue
+        died += not site.daemon.is_running or processes_of(site.daemon.pid) != before
+        site.daemon.kill()
+        site.daemon.start()
+        assert tree_of(top) == acknowledged, name
+        wait_log_empty(site)
+        assert tree_of(top) == acknowledged, name
+        assert tree_of(site.ufs_dir / f"run{count}") == acknowledged, name
+        assert list(site.ufs_dir.rglob(".alluxiofuse-*")) == [], name
+    print(f"{died} died of {rounds}")
+    assert died
