@@ -40,7 +40,7 @@ test: $(VENV)/.installed-test
 
 # Kills, cut-offs and failing parts, for hours instead of a minute; FAULTS_KILLS=20 and so on for less.
 test-faults: $(VENV)/.installed-test
-	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
+	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_WRITE_TYPES=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
 	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) FAULTS_FILES=$(FAULTS_FILES) FAULTS_CUTS=$(FAULTS_CUTS) \
 	FAULTS_S3_ROUNDS=$(FAULTS_S3_ROUNDS) FAULTS_PERSIST_KILLS=$(FAULTS_PERSIST_KILLS) \
 		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults $(TEST_ARGS)

@@ -521,10 +521,12 @@ class Writing:
 
     def forget_mtime(self, peer: Peer, request: ForgetMtime) -> int:
         slab = self._slabs.get(request.container)
-        if slab is None or slab.state != WRITING:
-            raise StaleError(f"container {request.container:x} is not open for writing here")
-        fd = self._fd(slab)
+        if slab is None:
+            raise StaleError(f"container {request.container:x} is not here")
         try:
+            if slab.state != WRITING:  # Sealed, which the master hears soon: as it is, it stays.
+                return os.stat(self._slabs.path(slab)).st_mtime_ns
+            fd = self._fd(slab)
             mtime_ns = os.fstat(fd).st_mtime_ns
             os.utime(fd, NOT_WRITTEN)
         except OSError as exc:

@@ -18,9 +18,11 @@ from alluxiofuse.client.writing import SealedMeanwhile, Writing
 from alluxiofuse.errors import (
     AlluxioFuseError,
     ConnectionLost,
+    FsError,
     NoSpaceError,
     PeerError,
     StaleError,
+    UfsNotFoundError,
     UnavailableError,
 )
 from alluxiofuse.rpc import interrupt
@@ -134,20 +136,28 @@ class Content:
             self.take(opened.attr, opened.layout)
 
     async def source_changed(self, layout: Layout) -> bool:
-        """The under storage has another version than `layout` says; False: no, only elsewhere, because it
-        was renamed. The master's errors when the object is gone."""
+        """The under storage has another version than `layout` says. False: no, only elsewhere or with other
+        attributes, as it was renamed or changed here, which the master may not have noted yet. The
+        master's errors when the object is gone."""
         session = self.core.session
-        self.core.kernel_pages.forget(self.ino)
-        new = await session.call(
-            ops.SourceChanged(session.id, self.ino, layout.container), is_idempotent=True
-        )
+        try:
+            new = await session.call(
+                ops.SourceChanged(session.id, self.ino, layout.container), is_idempotent=True
+            )
+        except (FsError, StaleError, UfsNotFoundError):
+            self._replace(layout)
+            raise
+        is_other = new.container != layout.container
+        if is_other:
+            self._replace(layout)
         if self.layout is layout:
             attr = msgspec.structs.replace(self.attr, size=new.size, container=new.container)
             self.take(attr, new)
-        if new.container == layout.container:
-            return False
+        return is_other
+
+    def _replace(self, layout: Layout) -> None:
         self.replaced.add(layout.container)
-        return True
+        self.core.kernel_pages.forget(self.ino)
 
     def drop_slab(self) -> None:
         slab, self.slab = self.slab, None

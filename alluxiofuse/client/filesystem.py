@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 from collections.abc import AsyncIterator
 from typing import TypeVar
 
@@ -259,6 +260,8 @@ class FileSystem:
         attr = await self._session.call(request)
         if sets_mtime and writing is None and attr.home:
             written = await self._ask_home(attr, worker_ops.ForgetMtime(attr.container))
+            if written is None:  # As in Writing.forget_mtime.
+                written = time.time_ns()
             if written:
                 attr = await self._session.call(msgspec.structs.replace(request, written_ns=written))
         self._core.recent.forget(ino)

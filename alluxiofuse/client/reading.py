@@ -196,12 +196,17 @@ class _Attempts:
                 await self._broken(worker_id, FsError(exc.errno or errno.EIO))
 
     async def _source_changed(self, layout: Layout) -> None:
-        self._count_stale(StaleError("the file keeps being replaced in the under storage"))
-        if not await self._content.source_changed(layout):
-            self._discard_slab()  # The worker goes by the source with which it was attached.
-            await trio.sleep(_RETRY_S)
-        elif self._file.read_container == layout.container:
+        is_other = await self._content.source_changed(layout)
+        if is_other and self._file.read_container == layout.container:
             raise StaleError("the file was replaced in the under storage while it was read")
+        error = StaleError("the file keeps being replaced in the under storage")
+        self._discard_slab()  # The worker goes by the source with which it was attached.
+        if is_other:
+            self._count_stale(error)
+        elif trio.current_time() + _RETRY_S > self._deadline:
+            raise error
+        else:
+            await interrupt.pause(_RETRY_S)
 
     async def _stale(self, exc: StaleError) -> None:
         layout = self._content.layout

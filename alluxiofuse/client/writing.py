@@ -30,14 +30,17 @@ from alluxiofuse.errors import (
     NoSpaceError,
     PeerError,
     StaleError,
+    UfsChangedError,
+    UfsNotFoundError,
     UnavailableError,
 )
 from alluxiofuse.ids import MAX_FILE_BYTES, PAGE_BYTES
 from alluxiofuse.rpc import interrupt
 from alluxiofuse.rpc.base import Buffer, Connection, FileRange
+from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire import worker_ops
 from alluxiofuse.wire.messages import Request
-from alluxiofuse.wire.types import Layout
+from alluxiofuse.wire.types import SUPERUSER, Layout
 from alluxiofuse.wire.worker_ops import MAX_IO_BYTES, Presence, WriteEnd, WriteGrant
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,8 @@ MAX_DIRTY_PAGES = 1 << 20
 LOOK_S = 1.0
 """How long a home may take to tell size and times."""
 _RETRY_S = 0.1
+MOVED_S = 2.0
+"""How long the master is asked where bytes went that are not where it said."""
 _WHOLE = Presence(is_complete=True, pages=b"")
 
 
@@ -152,7 +157,8 @@ class Writing:
                 self._size, self._written_ns = stat.size, stat.mtime_ns
 
     async def forget_mtime(self) -> int:
-        """See `worker_ops.ForgetMtime`; 0 also when the home can't be asked."""
+        """See `worker_ops.ForgetMtime`. When the home can't be asked, now by this machine's clock: what it
+        has was written before."""
         slab = self.slab
         if slab is None:
             return 0
@@ -161,10 +167,10 @@ class Writing:
                 written_ns = await slab.connection.call(worker_ops.ForgetMtime(self.container))
             except AlluxioFuseError as exc:
                 log.debug("the times of container %d: %s", self.container, exc)
-                return 0
-            self._written_ns = 0
-            return written_ns
-        return 0
+            else:
+                self._written_ns = 0
+                return written_ns
+        return time.time_ns()
 
     # --- begin and end ------------------------------------------------------------------------------
 
@@ -176,11 +182,31 @@ class Writing:
             try:
                 await self._begin_once(reserve_bytes)
                 return
+            except (UfsNotFoundError, UfsChangedError):
+                if not await self._source_has_moved():
+                    raise
             except (ConnectionLost, UnavailableError):
                 self._core.workers.failed(self.worker_id)
                 if trio.current_time() + _RETRY_S > deadline:
                     raise
                 await interrupt.pause(_RETRY_S)
+
+    async def _source_has_moved(self) -> bool:
+        """Whether the bytes to be changed are elsewhere in the under storage by now: the file was renamed.
+        The master knows a moment after it was done there."""
+        session, ino, source = self._core.session, self._layout.ino, self._layout.source
+        deadline = trio.current_time() + MOVED_S
+        while True:
+            opened = await session.call(ops.Open(SUPERUSER, session.id, ino, False), is_idempotent=True)
+            session.release(ino)
+            if opened.layout.container != self.container or opened.layout.source is None:
+                return False
+            if opened.layout.source != source:
+                self._layout = opened.layout
+                return True
+            if trio.current_time() + _RETRY_S > deadline:
+                return False
+            await interrupt.pause(_RETRY_S)
 
     async def _begin_once(self, reserve_bytes: int) -> None:
         connection = await self._core.workers.connection(self.worker_id)

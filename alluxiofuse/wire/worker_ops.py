@@ -197,7 +197,8 @@ class ContainerStat(Message):
 class ForgetMtime(Request[Ns]):
     """utimens(2) of a file that is open for writing here: the container counts as not written until
     the next write; answers the mtime so far. So the order of writes and explicit times is the order
-    in which they came here, whatever the clocks say. StaleError: not open for writing here."""
+    in which they came here, whatever the clocks say. Of one that was sealed meanwhile the mtime is that of
+    its last write, too. StaleError: it is not here."""
 
     OP: ClassVar[str] = "worker.forget_mtime"
     container: Id

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 
 import pytest
 from client_world import IN_PROCESS, ROOT, TCP, UNIX, World, in_world, until
 
 from alluxiofuse.errors import AlluxioFuseError, StaleError, UnavailableError
 from alluxiofuse.ids import PAGE_BYTES, ROOT_INO
+from alluxiofuse.master.store import u64
+from alluxiofuse.master.ufs_loader import UfsLoader
+from alluxiofuse.ufs.base import UfsAttrs, UfsEntry
+from alluxiofuse.ufs.local import LocalUnderStorage
 from alluxiofuse.wire import master_ops
 
 SECRET = b"0123456789abcdef0123456789abcdef"
@@ -176,6 +181,41 @@ def test_a_file_replaced_in_the_under_storage() -> None:
             assert await client.get(b"f") == new
 
     in_world(IN_PROCESS, worker={"read_ahead_bytes": 0})(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, TCP])
+def test_attributes_that_are_being_set_do_not_replace_a_file(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A local directory's fingerprint has the ctime in it: after our own chmod was done there, and before
+    the master has noted it, a reader meets another version of the same bytes."""
+    is_asked = threading.Event()
+    set_attrs, refresh = LocalUnderStorage.set_attrs, UfsLoader.source_changed
+
+    def slowly(self: LocalUnderStorage, path: bytes, attrs: UfsAttrs) -> UfsEntry:
+        entry = set_attrs(self, path, attrs)
+        assert is_asked.wait(30)
+        return entry
+
+    async def noted_before(self: UfsLoader, ino: int, container: int) -> None:
+        is_asked.set()
+        await until(lambda: self._store.get("persist", b"s" + u64(ino)) is None)
+        await refresh(self, ino, container)
+
+    async def test(world: World) -> None:
+        (world.ufs / "f").write_bytes(bytes(PAGE_BYTES) + b"end")
+        async with world.client() as client:
+            file = await client.open(b"f")
+            monkeypatch.setattr(LocalUnderStorage, "set_attrs", slowly)
+            monkeypatch.setattr(UfsLoader, "source_changed", noted_before)
+            await client.fs.setattr(ROOT, file.ino, mode=0o600)
+            await until(lambda: (world.ufs / "f").stat().st_mode & 0o777 == 0o600)
+            assert bytes(await file.read(PAGE_BYTES, 10)) == b"end"
+            assert is_asked.is_set()
+            assert not any(await file.read(0, 10))
+            await client.close(file)
+
+    in_world(kind)(test)
 
 
 def test_another_worker_serves_what_the_under_storage_has() -> None:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import random
+from typing import Any
 
 import pytest
 import trio
-from client_world import IN_PROCESS, TCP, UNIX, Client, World, in_world
+from client_world import IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, until
 
+from alluxiofuse.client.writing import Writing
+from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.types import Attr
 
 
@@ -55,5 +58,29 @@ def test_one_of_the_versions_wins_whole(kind: str, seed: int) -> None:
             assert await two.get(b"f") == found
             attr: Attr = await one.paths.stat("/f")
             assert (attr.size, attr.home) == (1000, 0)
+
+    in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX])
+def test_renamed_between_the_masters_word_and_the_workers(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The under storage moved the bytes that a writer was about to have fetched."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            (world.ufs / "f").write_bytes(b"old bytes")
+            file = await one.open(b"f", os.O_RDWR)
+            begin = Writing.begin
+
+            async def moved_before(writing: Writing, *arguments: Any) -> None:
+                monkeypatch.undo()
+                await two.fs.rename(ROOT, ROOT_INO, b"f", ROOT_INO, b"g")
+                await until((world.ufs / "g").exists)
+                await begin(writing, *arguments)
+
+            monkeypatch.setattr(Writing, "begin", moved_before)
+            await file.write(0, b"new")
+            await one.close(file)
+            assert await two.get(b"g") == b"new bytes"
 
     in_world(kind)(test)

@@ -166,3 +166,24 @@ def test_an_empty_file_whose_home_died_finds_another(kind: str) -> None:
             await until(lambda: (world.ufs / "f").exists() and (world.ufs / "f").stat().st_size == 19)
 
     in_world(kind)(test)
+
+
+def test_a_time_that_is_set_after_the_seal_and_before_the_master_hears_of_it() -> None:
+    """Its writer did not come back in time, the worker has sealed it by itself and tells the master by the
+    next heartbeat."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            file = await one.create(b"f")
+            await file.write(0, b"written, not closed")
+            await world.stop_worker()
+            part = await world.start_worker(session_grace_s=0.01)
+            await until(lambda: part.worker.slabs is not None and part.worker.slabs.orphans)
+            two.rejoin(part)
+            await two.fs.setattr(ROOT, file.ino, mtime_ns=12345)
+            assert (await two.fs.getattr(file.ino)).home, "not heard of yet"
+            await until(lambda: part.worker.slabs is not None and not part.worker.slabs.orphans)
+            attr = await two.fs.getattr(file.ino)
+            assert (attr.home, attr.mtime_ns) == (0, 12345)
+
+    in_world(UNIX, master={"worker_heartbeat_s": 3.0})(test)

@@ -89,16 +89,10 @@ class Harness:
             began = time.monotonic()
             try:
                 self._round(fault, random.Random(f"{self._seed} {fault.name} {number}"))
-                if number % STORE_CHECK_ROUNDS == STORE_CHECK_ROUNDS - 1 or number == count - 1:
-                    with self._timed("store"):
-                        self.check_store(random.Random(f"{self._seed} {fault.name} {number} store"))
+                if self._rounds % STORE_CHECK_ROUNDS == 0:
+                    self.check_store()
             except (AssertionError, TimeoutError) as exc:
-                self._hold(exc)
-                for player in self.players:
-                    player.close()
-                raise FaultFailure(
-                    f"FAULTS_SEED={self._seed}: {fault.name}, round {number + 1}: {exc}\n{self._logs()}"
-                ) from exc
+                raise self._failure(f"{fault.name}, round {number + 1}", exc) from exc
             spent = " ".join(f"{name} {seconds:.1f}" for name, seconds in self._spent.items())
             self._spent.clear()
             self._say(
@@ -219,7 +213,19 @@ class Harness:
             self._judge(player, found)
             world.accept(found, settled=paths)
 
-    def check_store(self, dice: random.Random) -> None:
+    def finish(self) -> None:
+        """The last comparison with the store."""
+        try:
+            self.check_store()
+        except (AssertionError, TimeoutError) as exc:
+            raise self._failure("at the end", exc) from exc
+
+    def check_store(self) -> None:
+        dice = random.Random(f"{self._seed} {self._rounds} store")
+        with self._timed("store"):
+            self._check_store(dice)
+
+    def _check_store(self, dice: random.Random) -> None:
         for player in self.players:
             for number in list(player.world.handles):
                 player.do(Op("close", handle=number))
@@ -247,6 +253,12 @@ class Harness:
             found = player.scan()
             self._judge(player, found)
             player.world.accept(found, settled=found)
+
+    def _failure(self, where: str, exc: BaseException) -> FaultFailure:
+        self._hold(exc)
+        for player in self.players:
+            player.close()
+        return FaultFailure(f"FAULTS_SEED={self._seed}: {where}: {exc}\n{self._logs()}")
 
     def _hold(self, exc: BaseException) -> None:
         """FAULTS_HOLD=SECONDS leaves everything as it is for a while, for somebody to look at."""

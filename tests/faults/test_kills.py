@@ -24,6 +24,7 @@ from stores import BucketStore, DirectoryStore
 KILLS = int(os.environ.get("FAULTS_KILLS", "3"))
 KINDS = os.environ.get("FAULTS_KINDS", "master,worker,client,everything").split(",")
 WHERE = os.environ.get("FAULTS_WHERE", "")
+WRITE_TYPES = os.environ.get("FAULTS_WRITE_TYPES", "")
 QUICK = {
     "ALLUXIOFUSE_MASTER_PERSIST_DELAY": "100ms",
     "ALLUXIOFUSE_MASTER_SESSION_LEASE": "5s",
@@ -41,17 +42,25 @@ def seed() -> int:
     return found
 
 
+def one_of(choices: tuple[str, ...], this: str, wanted: str, seed: int) -> None:
+    """Skips unless the seed chose this one, or the environment says so ("both": each of them)."""
+    if wanted != "both" and this != (wanted or random.Random(seed).choice(choices)):
+        pytest.skip("the seed chose the other one")
+
+
 def kill_local(site: LocalDaemon) -> Kill:
     return Kill("local", lambda _: [site.daemon], {site.daemon.name: site.mount})
 
 
 @pytest.mark.parametrize("write_type", ["ASYNC_THROUGH", "CACHE_THROUGH"])
 def test_local(local_daemon: Callable[..., LocalDaemon], seed: int, write_type: str) -> None:
-    """The one-process daemon."""
+    """The one-process daemon. By default the seed chooses the write type."""
+    one_of(("ASYNC_THROUGH", "CACHE_THROUGH"), write_type, WRITE_TYPES, seed)
     site = local_daemon(env={**QUICK, "ALLUXIOFUSE_CLIENT_WRITE_TYPE": write_type})
     site.expects_clean_end = False
     with Harness(site, [site.mount], DirectoryStore(site.ufs_dir), seed, players_per_mount=3) as harness:
         harness.run(kill_local(site), KILLS)
+        harness.finish()
 
 
 def test_local_on_s3(local_daemon: Callable[..., LocalDaemon], s3_server: SeaweedS3, seed: int) -> None:
@@ -63,6 +72,7 @@ def test_local_on_s3(local_daemon: Callable[..., LocalDaemon], s3_server: Seawee
     site.expects_clean_end = False
     with Harness(site, [site.mount], BucketStore(s3_server, bucket), seed, players_per_mount=3) as harness:
         harness.run(kill_local(site), KILLS)
+        harness.finish()
 
 
 def kills_of(site: Cluster, mounts: dict[str, Path]) -> dict[str, Kill]:
@@ -83,8 +93,7 @@ def kills_of(site: Cluster, mounts: dict[str, Path]) -> dict[str, Kill]:
 def test_cluster(cluster: Callable[..., Cluster], seed: int, where: str) -> None:
     """One process of a cluster, or all at once. Near: one of the workers is on the clients' machine, and
     they read and write by its descriptors. Far: by TCP alone. By default the seed chooses."""
-    if WHERE != "both" and where != (WHERE or random.Random(seed).choice(("near", "far"))):
-        pytest.skip(f"the seed chose the other (FAULTS_WHERE={where} tries it)")
+    one_of(("near", "far"), where, WHERE, seed)
     site = cluster(workers=0, env=QUICK)
     site.expects_clean_end = False
     site.add_worker(socket.gethostname() if where == "near" else None)
@@ -96,3 +105,4 @@ def test_cluster(cluster: Callable[..., Cluster], seed: int, where: str) -> None
         for name, kill in kills_of(site, mounts).items():
             if name in KINDS:
                 harness.run(kill, KILLS)
+        harness.finish()
