@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from daemons import LocalDaemon
-from s3_proxy import Action, Answer, Cut, Damage, Hang, Rule, S3Proxy
+from s3_proxy import Action, Answer, Cut, Damage, Hang, Hold, Rule, S3Proxy
 from servers import SeaweedS3, wait_until
 
 from alluxiofuse.ufs.s3_pace import ATTEMPTS
@@ -252,3 +252,29 @@ def test_an_upload_in_parts_is_not_left_by_a_kill(site: Site) -> None:
     wait_until(lambda: site.uploads() == [], "it is aborted")
     site.wait_persisted()
     assert site.objects() == {}
+
+
+def test_the_upload_process_dies_with_its_worker(
+    s3_server: SeaweedS3, local_daemon: Callable[..., LocalDaemon]
+) -> None:
+    """At once, also in the middle of a request: what it went on sending could land after a newer upload."""
+    bucket = s3_server.create_bucket(f"dies-{random.getrandbits(40):x}")
+    with S3Proxy(s3_server.endpoint) as proxy:
+        options = {**s3_server.options, "endpoint": proxy.endpoint, "timeout_s": "600"}
+        daemon = local_daemon(f"s3://{bucket}", options=options)
+        held = Hold()
+        proxy.add(Rule("PutObject", held))
+        (daemon.mount / "f").write_bytes(b"x")
+        assert held.reached.wait(60)
+        pid = daemon.daemon.pid
+        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        assert children
+        daemon.kill()
+        wait_until(lambda: not any(_is_alive(child) for child in children), "it is dead", 60)
+
+
+def _is_alive(pid: str) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
