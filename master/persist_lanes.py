@@ -60,6 +60,11 @@ class Lanes:
             return 0
         return 1 if lane.failed_count >= RESTS_AFTER else self._jobs_at_once - lane.job_count
 
+    def upload_room(self, mount_id: int, now: float) -> int:
+        """How many uploads may start."""
+        free = self._uploads_at_once - self._lane(mount_id).upload_count
+        return max(0, min(self.room(mount_id, now), free))
+
     def started(self, mount_id: int, *, is_upload: bool) -> None:
         lane = self._lane(mount_id)
         lane.is_probing = lane.failed_count >= RESTS_AFTER

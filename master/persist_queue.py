@@ -28,7 +28,8 @@ class ReadyQueue:
         self._blocked: dict[Key, dict[Key, None]] = {}
         """Blocker -> those that wait for it (which are in `_due` too, as a second chance)."""
         self._parked: dict[int, dict[Key, None]] = {}
-        """Mount -> those that were due when nothing more could be started there; oldest first."""
+        """Mount -> those that were due when nothing more could be started there; oldest first. Minus the
+        mount id: uploads, when no more of these could be."""
         self._parked_count = 0
         self.has_dropped = False
         """Keys were given up: they are to be found by scanning the store. Reset by who does."""
@@ -37,7 +38,7 @@ class ReadyQueue:
         return len(self._due) + self._parked_count
 
     def park(self, mount_id: int, key: Key) -> None:
-        """It was popped, but its mount takes no more now."""
+        """It was popped, but its mount takes no more (or no more uploads: minus its id) now."""
         parked = self._parked.setdefault(mount_id, {})
         self._parked_count += key not in parked
         parked[key] = None

@@ -268,10 +268,11 @@ class Persister:
 
     def _start_due(self, nursery: trio.Nursery) -> None:
         now = self._clock.monotonic()
-        for mount_id in self._queue.parked():
-            room = self._lanes.room(mount_id, now)
-            if room:  # more than fit: not all of them turn out to be jobs
-                self._queue.unpark(mount_id, 4 * room, now)
+        for group in self._queue.parked():
+            if group < 0:
+                self._queue.unpark(group, self._lanes.upload_room(-group, now), now)
+            else:  # more than fit: not all of them turn out to be jobs
+                self._queue.unpark(group, 4 * self._lanes.room(group, now), now)
         looked: set[Key] = set()
         for _ in range(KEYS_PER_ROUND):
             key = self._queue.pop(now)
@@ -391,7 +392,7 @@ class Persister:
 
     def _start_upload(self, job: Job, now: float) -> None:
         if not self._lanes.takes_upload(job.mount_id):
-            self._queue.park(job.mount_id, job.key)
+            self._queue.park(-job.mount_id, job.key)
             return
         record = self._store.inode(job.ino)
         if record is None:

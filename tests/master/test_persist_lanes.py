@@ -60,6 +60,8 @@ def test_what_was_begun_before_a_rest_does_not_make_it_longer() -> None:
     for _ in range(8):
         lanes.started(MOUNT, is_upload=True)
     assert not lanes.takes_upload(MOUNT)
+    assert lanes.upload_room(MOUNT, 0.0) == 0
+    assert lanes.room(MOUNT, 0.0) == 4
     for _ in range(8):
         lanes.failed(MOUNT, "no answer", 0.0)
         lanes.ended(MOUNT, is_upload=True)
