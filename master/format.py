@@ -20,9 +20,14 @@ def ensure_formatted(tx: Transaction, now_ns: int) -> str:
     StateError when the store has only one of them."""
     cluster_id, root = tx.get("meta", _CLUSTER_ID), tx.inode(ROOT_INO)
     if cluster_id is not None and root is not None:
-        return cluster_id.decode()
+        if cluster_id.isascii():
+            return cluster_id.decode()
+        raise StateError(f"{tx.store.directory} is damaged: stop, and run `alluxiofuse fsck`")
     if cluster_id is not None or root is not None:
-        raise StateError(f"{tx.store.directory} is damaged: it has no cluster id or no root directory")
+        raise StateError(
+            f"{tx.store.directory} is damaged: it has no cluster id or no root directory: run `alluxiofuse "
+            "fsck`"
+        )
     tx.store.take_number(b"next_ino")  # the first number is the root's
     root = new_root(now_ns)
     fresh = str(uuid.uuid4())

@@ -84,8 +84,9 @@ def workers(check: Check) -> dict[str, int]:
     """uuid -> id, of all workers that ever registered."""
     found = {}
     for key, raw in check.store.scan("meta", b"worker"):
-        if len(raw) == 8 and key.isascii():
-            found[key.decode()] = int.from_bytes(raw, "big")
+        worker_id = int.from_bytes(raw, "big")
+        if len(raw) == 8 and key.isascii() and 0 < worker_id < MAX_NUMBER:
+            found[key.decode()] = worker_id
     return found
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from alluxiofuse.ids import ROOT_INO, ROOT_MOUNT_ID
 from alluxiofuse.master.format import new_root
-from alluxiofuse.master.fsck_check import MAX_KEPT, MAX_NUMBER, Check, StoredMounts, parse
+from alluxiofuse.master.fsck_check import MAX_KEPT, MAX_NUMBER, Check, StoredMounts, parse, shown
 from alluxiofuse.master.records import FORMAT, IntentRecord, RemoveEntry, SyncEntry
 from alluxiofuse.master.replies import REPLY
 from alluxiofuse.master.store import Transaction, u64
@@ -25,6 +25,7 @@ def check_meta(check: Check) -> None:
     _format(check)
     _root(check)
     _mounts(check)
+    _workers(check)
     _counters(check)
 
 
@@ -100,6 +101,21 @@ def _mounts(check: Check) -> None:
             f"{record.uri} is mounted at inode {record.ino}, which is not a directory of that mount",
             None,
             "restore the state directory from a backup; the under storage itself is not touched",
+        )
+
+
+def _workers(check: Check) -> None:
+    seen: set[int] = set()
+    for key, raw in check.store.scan("meta", b"worker"):
+        worker_id = int.from_bytes(raw, "big")
+        if len(raw) == 8 and 0 < worker_id < MAX_NUMBER and worker_id not in seen and key.isascii():
+            seen.add(worker_id)
+            continue
+        check.findings.problem(
+            "worker-damaged",
+            f"the number of the worker {shown(key)} is damaged: it gets a new one",
+            check.put_away("meta", b"worker" + key, raw),
+            "check the master together with that worker",
         )
 
 

@@ -18,10 +18,9 @@ from alluxiofuse.errors import StaleError, UfsError, UserError
 from alluxiofuse.ids import ROOT_INO, ROOT_MOUNT_ID
 from alluxiofuse.master import places
 from alluxiofuse.master.records import MountRecord
-from alluxiofuse.master.store import Store, Transaction, u64
+from alluxiofuse.master.store import Store, Transaction, decode_record, u64
 from alluxiofuse.ufs.base import Capabilities, UnderStorage
 from alluxiofuse.ufs.registry import IDENTITY, NEW_IDENTITY, local_directory, redact
-from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.types import MountInfo
 
 OpenUfs = Callable[[str, dict[str, str]], UnderStorage]
@@ -46,7 +45,7 @@ class MountTable:
         self._storages: dict[int, UnderStorage] = {}
         self._limiters: dict[int, trio.CapacityLimiter] = {}
         for _, value in store.scan("mount", b""):
-            record = decode(value, MountRecord)
+            record = decode_record(value, MountRecord, "the mount table")
             self._records[record.mount_id] = record
 
     # --- reading ----------------------------------------------------------------------------------

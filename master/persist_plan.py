@@ -25,8 +25,7 @@ from alluxiofuse.master.records import (
     RemoveEntry,
     SyncEntry,
 )
-from alluxiofuse.master.store import Store, u64
-from alluxiofuse.wire.codec import decode
+from alluxiofuse.master.store import Store, decode_record, u64
 
 MOVING_PREFIX = b".alluxiofuse-moving-"
 """At the top of a mount: where one of a cycle of renames waits until the others have moved."""
@@ -248,7 +247,11 @@ class Planner:
     def _intents_below(self, mount_id: int, path: bytes) -> Blocked | None:
         for rest, value in self._store.scan("persist", b"i" + u64(mount_id) + path + b"/"):
             below = path + b"/" + rest
-            return Blocked(self._who_resolves(mount_id, below, decode(value, IntentRecord)))
+            return Blocked(
+                self._who_resolves(
+                    mount_id, below, decode_record(value, IntentRecord, "an entry of the persist log")
+                )
+            )
         return None
 
     def _who_resolves(self, mount_id: int, path: bytes, intent: IntentRecord) -> Key:

@@ -28,11 +28,10 @@ from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, 
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
 from alluxiofuse.master.persist_uploads import Upload, command_of, earlier_upload
 from alluxiofuse.master.records import INTENT_RENAME, INTENT_UPLOAD, IntentRecord
-from alluxiofuse.master.store import Store, u64
+from alluxiofuse.master.store import Store, decode_record, u64
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.ufs.base import UfsEntry
 from alluxiofuse.ufs.paths import show
-from alluxiofuse.wire.codec import decode
 from alluxiofuse.wire.master_ops import PersistDone
 from alluxiofuse.wire.messages import NOTHING, Nothing
 from alluxiofuse.wire.types import CancelPersistCommand
@@ -235,7 +234,7 @@ class Persister:
     def _resolve_renames_first(self) -> None:
         """Renames that a kill interrupted: first of all, so that locations can be relied on."""
         for _, value in self._store.scan("persist", b"i"):
-            intent = decode(value, IntentRecord)
+            intent = decode_record(value, IntentRecord, "an entry of the persist log")
             if intent.kind == INTENT_RENAME:
                 self._queue.put(intent.ino, -math.inf)
 

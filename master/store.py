@@ -22,7 +22,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
@@ -41,6 +41,7 @@ from alluxiofuse.master.records import (
 )
 from alluxiofuse.wire.codec import decoder, encode
 
+T = TypeVar("T")
 _inode_decoder = decoder(InodeRecord)
 _RESERVE = 1024
 """Counters are taken from the disk in steps of this many numbers."""
@@ -60,6 +61,14 @@ def decode_inode(ino: int, raw: bytes) -> InodeRecord:
         return _inode_decoder.decode(raw)
     except (msgspec.MsgspecError, ValueError):
         raise StateError(f"the record of inode {ino} is damaged: stop, and run `alluxiofuse fsck`") from None
+
+
+def decode_record(raw: bytes, type_: type[T], what: str) -> T:
+    """StateError: it is damaged. `what`: what it is, for people."""
+    try:
+        return decoder(type_).decode(raw)
+    except (msgspec.MsgspecError, ValueError, RecursionError):
+        raise StateError(f"{what} is damaged: stop, and run `alluxiofuse fsck`") from None
 
 
 class Store:
@@ -103,8 +112,7 @@ class Store:
                     f"{directory} is in use by another process: stop it or name another state directory"
                 ) from None
             raise StateError(f"{directory} can't be opened as a metadata store: {exc}") from None
-        if not is_readonly:
-            self._check_format()
+        self._check_format()
 
     def _open(self) -> None:
         families = {name: _options() for name in COLUMN_FAMILIES}
@@ -119,6 +127,8 @@ class Store:
 
     def _check_format(self) -> None:
         found = self.get("meta", b"format")
+        if found is None and self._is_readonly:
+            return
         if found is None:
             transaction = Transaction(self)
             transaction.put("meta", b"format", u64(FORMAT))
@@ -392,14 +402,14 @@ class Transaction:
 
     def mount(self, mount_id: int) -> MountRecord | None:
         value = self.get("mount", u64(mount_id))
-        return None if value is None else decoder(MountRecord).decode(value)
+        return None if value is None else decode_record(value, MountRecord, "the mount table")
 
     def put_mount(self, record: MountRecord) -> None:
         self.put("mount", u64(record.mount_id), encode(record))
 
     def sync_entry(self, ino: int) -> SyncEntry | None:
         value = self.get("persist", b"s" + u64(ino))
-        return None if value is None else decoder(SyncEntry).decode(value)
+        return None if value is None else decode_record(value, SyncEntry, "an entry of the persist log")
 
     def put_sync_entry(self, ino: int, entry: SyncEntry) -> None:
         self.put("persist", b"s" + u64(ino), encode(entry))
@@ -409,7 +419,7 @@ class Transaction:
 
     def remove_entry(self, mount_id: int, path: bytes) -> RemoveEntry | None:
         value = self.get("persist", b"r" + u64(mount_id) + path)
-        return None if value is None else decoder(RemoveEntry).decode(value)
+        return None if value is None else decode_record(value, RemoveEntry, "an entry of the persist log")
 
     def put_remove_entry(self, mount_id: int, path: bytes, entry: RemoveEntry) -> None:
         self.put("persist", b"r" + u64(mount_id) + path, encode(entry))
@@ -419,7 +429,7 @@ class Transaction:
 
     def intent(self, mount_id: int, path: bytes) -> IntentRecord | None:
         value = self.get("persist", b"i" + u64(mount_id) + path)
-        return None if value is None else decoder(IntentRecord).decode(value)
+        return None if value is None else decode_record(value, IntentRecord, "an entry of the persist log")
 
     def put_intent(self, mount_id: int, path: bytes, intent: IntentRecord) -> None:
         self.put("persist", b"i" + u64(mount_id) + path, encode(intent))
@@ -480,4 +490,4 @@ def _prepare(directory: Path) -> None:
         raise StateError(f"{directory} holds other files and no metadata store: name an empty directory")
 
 
-__all__ = ["Store", "Transaction", "decode_inode", "u64"]
+__all__ = ["Store", "Transaction", "decode_inode", "decode_record", "u64"]

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alluxiofuse.errors import AlluxioFuseError, BadRequestError, StateError, UserError
+from alluxiofuse.errors import AlluxioFuseError, StateError, UserError
 from alluxiofuse.findings import CantMend, Findings, Mend
 from alluxiofuse.ids import PAGE_BYTES, page_count
 from alluxiofuse.units import format_size
@@ -111,7 +111,7 @@ class WorkerCheck:
         """Which state of a master it has seen."""
         try:
             return self.index.seen_state
-        except BadRequestError:
+        except StateError:
             return StateMark()
 
     def accept(self, cluster_id: str) -> Mend:
@@ -496,6 +496,26 @@ class WorkerCheck:
                 raise CantMend(f"{held.path}: {exc.strerror}") from None
 
         return change
+
+
+def index_again(path: Path, roots: list[str]) -> Index:
+    """A new, empty index for a worker that has lost its own, in place of the one that its tier
+    directories tell of; what is in them is without a record then. CantMend: they tell of none, or of
+    several."""
+    markers = {root: layout.read_marker(Path(root)) for root in roots}
+    found = {root: marker for root, marker in markers.items() if marker is not None}
+    if len({marker.worker_uuid for marker in found.values()}) != 1:
+        raise CantMend("name its tier directories with --tier: they tell which worker it was")
+    index = Index(path)
+    batch = index.batch()
+    for root, marker in found.items():
+        batch.raw.put(b"muuid", marker.worker_uuid.encode())
+        batch.raw.put(b"d" + u64(marker.directory_id), os.fsencode(root))
+    batch.raw.put(b"mformat", u64(FORMAT))
+    highest = max(marker.directory_id for marker in found.values())
+    batch.raw.put(b"mnext_directory", u64(highest + 1))
+    index.commit(batch)
+    return index
 
 
 def bytes_of(run: tuple[int, int], size: int) -> tuple[int, int]:

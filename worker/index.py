@@ -22,19 +22,20 @@ import struct
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
 from alluxiofuse import descriptors
-from alluxiofuse.errors import StateError, UserError
+from alluxiofuse.errors import BadRequestError, StateError, UserError
 from alluxiofuse.wire.codec import decode, decoder, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
 from alluxiofuse.worker.layout import sync_names
 
 FORMAT = 1
+T = TypeVar("T")
 CHUNK_PAGES = 64
 _CHUNK = struct.Struct("<Q64Q")
 _FULL = (1 << CHUNK_PAGES) - 1
@@ -189,13 +190,15 @@ class Index:
             batch.put(b"muuid", found)
             batch.put(b"mformat", u64(FORMAT))
             self._db.write(batch)
+        if not found.isascii():
+            raise self._damaged("the worker's name")
         return found.decode()
 
     @property
     def seen_state(self) -> StateMark:
         """Of the master: which state it had when this worker was last with it."""
         found = self.get(b"mstate")
-        return StateMark() if found is None else decode(found, StateMark)
+        return StateMark() if found is None else self._decode(found, StateMark)
 
     def see_state(self, mark: StateMark) -> None:
         self._db.put(b"mstate", encode(mark))
@@ -234,15 +237,24 @@ class Index:
 
     def record(self, container: int) -> SlabRecord | None:
         value = self.get(b"c" + u64(container))
-        return None if value is None else decode(value, SlabRecord)
+        return None if value is None else self._decode(value, SlabRecord)
+
+    def _decode(self, raw: bytes, type_: type[T]) -> T:
+        try:
+            return decode(raw, type_)
+        except BadRequestError:
+            raise self._damaged("a record") from None
+
+    def _damaged(self, what: str) -> StateError:
+        return StateError(f"{what} in {self.directory} is damaged: stop, and run `alluxiofuse fsck`")
 
     def records(self) -> Iterator[tuple[int, SlabRecord]]:
         decode_record = _record_decoder.decode
         for key, value in self._scan(b"c"):
             try:
                 yield int.from_bytes(key, "big"), decode_record(value)
-            except (msgspec.MsgspecError, ValueError) as exc:
-                raise StateError(f"{self.directory}: a record can't be read: {exc}") from None
+            except (msgspec.MsgspecError, ValueError):
+                raise self._damaged("a record") from None
 
     def chunk(self, container: int, chunk: int) -> tuple[int, list[int]]:
         """(present bitmap, 64 checksums) of a chunk; a new list."""
@@ -252,7 +264,7 @@ class Index:
         if len(value) == 8:
             return int.from_bytes(value, "little"), [ZERO_PAGE] * CHUNK_PAGES
         if len(value) != _CHUNK.size:
-            raise StateError(f"{self.directory}: a page table can't be read")
+            raise self._damaged("a page table")
         present, *values = _CHUNK.unpack(value)
         return present, values
 

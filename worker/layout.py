@@ -147,8 +147,12 @@ def stored_slabs(root: Path) -> Iterator[int]:
         for name in names:
             if name.endswith(ending) and _SLAB_NAME.fullmatch(name):
                 yield int(name, 16)
-            elif name.endswith(PART_SUFFIX) and stat.S_ISREG(os.lstat(folder / name).st_mode):
+            elif _is_part(name) and stat.S_ISREG(os.lstat(folder / name).st_mode):
                 os.unlink(folder / name)
+
+
+def _is_part(name: str) -> bool:
+    return name.endswith(PART_SUFFIX) and _SLAB_NAME.fullmatch(name.removesuffix(PART_SUFFIX)) is not None
 
 
 FOREIGN, SLAB, PART = 0, 1, 2

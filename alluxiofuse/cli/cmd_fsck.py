@@ -17,6 +17,7 @@ from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.outcome import complain
 from alluxiofuse.cli.progress import byte_bar, count_bar
 from alluxiofuse.cli.state_dir import LOCK_NAME, StateDir
+from alluxiofuse.cli.tiers import default_mem_directory
 from alluxiofuse.config import Config
 from alluxiofuse.config_load import merge_tiers, parse_tier
 from alluxiofuse.errors import StateError, UserError
@@ -44,6 +45,14 @@ class Opened:
 
     store: Store | None = None
     indexes: list[Index] = field(default_factory=list)
+    lost_indexes: dict[Path, list[str]] = field(default_factory=dict)
+    """Where a worker's index should be -> tier directories that may tell of it."""
+    stack: ExitStack = field(default_factory=ExitStack)
+    """Closes all of it."""
+
+    def add_index(self, index: Index) -> None:
+        self.indexes.append(index)
+        self.stack.callback(index.close)
 
 
 @click.command()
@@ -89,7 +98,7 @@ def fsck(
     unchecked = None
     with telling.document():
         try:
-            with _open(wanted, repair) as opened:
+            with _open(wanted, findings, [path for path, _ in places]) as opened:
                 unchecked = _check(opened, findings, places, verify_data)
                 if repair:
                     _sync(opened)
@@ -108,13 +117,14 @@ def _configured(config: Config) -> list[str]:
 
 
 @contextmanager
-def _open(states: list[str], repair: bool) -> Iterator[Opened]:
+def _open(states: list[str], findings: Findings, tiers: list[str]) -> Iterator[Opened]:
     """All of them locked until the end."""
     from alluxiofuse.master.store import Store
     from alluxiofuse.worker.index import Index
 
+    repair = findings.is_repairing
     with ExitStack() as stack:
-        opened = Opened()
+        opened = Opened(stack=stack)
         for state in states:
             if not Path(state).is_dir():
                 raise UserError(f"{state} is no state directory: there is nothing to check")
@@ -122,7 +132,9 @@ def _open(states: list[str], repair: bool) -> Iterator[Opened]:
                 raise UserError(f"{state} is not a state directory of alluxiofuse")
             directory = stack.enter_context(StateDir(state))
             meta, index = directory.master_directory / "meta", directory.worker_directory / "index"
-            if not meta.is_dir() and not index.is_dir():
+            if directory.worker_directory.is_dir() and not index.is_dir():
+                opened.lost_indexes[index] = tiers or _default_tiers(directory)
+            elif not meta.is_dir() and not index.is_dir():
                 raise UserError(f"{state} holds no metadata and no cache: no daemon has run on it yet")
             if meta.is_dir():
                 if opened.store is not None:
@@ -130,9 +142,30 @@ def _open(states: list[str], repair: bool) -> Iterator[Opened]:
                 opened.store = Store(meta, is_readonly=not repair)
                 stack.callback(opened.store.close)
             if index.is_dir():
-                opened.indexes.append(Index(index, is_readonly=not repair))
-                stack.callback(opened.indexes[-1].close)
+                opened.add_index(Index(index, is_readonly=not repair))
         yield opened
+
+
+def _make_indexes_again(opened: Opened, findings: Findings) -> None:
+    from alluxiofuse.worker.fsck import index_again
+
+    for path, tiers in list(opened.lost_indexes.items()):
+
+        def mend(path: Path = path, tiers: list[str] = tiers) -> None:
+            opened.add_index(index_again(path, tiers))
+            del opened.lost_indexes[path]
+
+        findings.problem(
+            "index-missing",
+            f"{path}, the index of the worker's slabs, is missing",
+            mend,
+            "what is in no under storage is found again in the tier directories by a repair",
+        )
+
+
+def _default_tiers(directory: StateDir) -> list[str]:
+    """Of `local`, without --tier."""
+    return [str(directory.path / "cache"), str(default_mem_directory(directory.path))]
 
 
 def _sync(opened: Opened) -> None:
@@ -169,6 +202,7 @@ def _run(
     from alluxiofuse.master.fsck_check import Check
     from alluxiofuse.worker.fsck import WorkerCheck
 
+    _make_indexes_again(opened, findings)
     total = sum(index.estimate() for index in opened.indexes)
     total += work_of(opened.store) if opened.store is not None else 0
     workers = []

@@ -658,6 +658,15 @@ def worker_without_a_name(site: LocalDaemon) -> None:
         index.commit(batch)
 
 
+@damage("worker-damaged", "worker-unknown", "holder-wrong")
+def number_of_the_worker_damaged(site: LocalDaemon) -> None:
+    def spoil(store: Store, tx: Transaction) -> None:
+        for key, _ in store.scan("meta", b"worker"):
+            tx.put("meta", b"worker" + key, b"\xff" * 8)
+
+    change(site, spoil)
+
+
 @damage("mark-damaged")
 def mark_damaged(site: LocalDaemon) -> None:
     with index_of(site) as index:

@@ -2,57 +2,16 @@
 
 from __future__ import annotations
 
-import gc
-import json
-import os
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from daemons import LocalDaemon
-from damages import DAMAGES, Damage, build, container_of, copy, expected, tree_of
+from damages import DAMAGES, Damage, container_of, expected, tree_of
 from fsck_world import damage_of, find, store_of
 
-from alluxiofuse.cli.cmd_fsck import fsck
-
-NO_UPLOADS = {"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
-PARTS = ("state", "ssd", "ufs")
-
-
-@pytest.fixture(scope="module")
-def template() -> Iterator[LocalDaemon]:
-    """A killed daemon's state, kept beside the one that tests damage."""
-    with pytest.MonkeyPatch.context() as patch:
-        if os.path.isdir("/dev/shm"):  # noqa: S108 - RocksDB's many fsyncs cost nothing there
-            patch.setattr(tempfile, "tempdir", "/dev/shm")  # noqa: S108
-        site = LocalDaemon(env=NO_UPLOADS)
-    site.start()
-    build(site)
-    site.kill()
-    for part in PARTS:
-        copy(site.base / part, site.base / "kept" / part)
-    yield site
-    assert site.close() == []
-
-
-@pytest.fixture
-def site(template: LocalDaemon) -> LocalDaemon:
-    for part in PARTS:
-        copy(template.base / "kept" / part, template.base / part)
-    return template
-
-
-def run(site: LocalDaemon, capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
-    """The command in this process: a test of each damage needs several."""
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        fsck.main(["--json", "--state", str(site.state), *arguments], standalone_mode=False)
-    gc.collect()
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    assert found["exit_code"] == caught.value.code
-    return found
+Run = Callable[..., dict[str, Any]]
 
 
 def changed(site: LocalDaemon, one: Damage) -> dict[str, bytes | str]:
@@ -72,28 +31,28 @@ def changed(site: LocalDaemon, one: Damage) -> dict[str, bytes | str]:
     return wanted
 
 
-def test_the_template_is_clean(site: LocalDaemon, capsys: pytest.CaptureFixture[str]) -> None:
-    found = run(site, capsys, "--verify-data")
+def test_the_template_is_clean(site: LocalDaemon, run: Run) -> None:
+    found = run(site, "--verify-data")
     assert damage_of(found) == []
     assert tree_of(site) == expected()
 
 
 @pytest.mark.parametrize("one", DAMAGES, ids=[one.name for one in DAMAGES])
-def test_damage(one: Damage, site: LocalDaemon, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damage(one: Damage, site: LocalDaemon, run: Run) -> None:
     wanted = changed(site, one)
     one.do(site)
-    found = run(site, capsys, *one.arguments)
+    found = run(site, *one.arguments)
     codes = {item["code"] for item in damage_of(found)}
     assert found["exit_code"] == 4
     assert codes <= one.codes | one.left | {"link-count"}, found  # counts often follow
     assert codes
     assert not any(item["is_mended"] for item in found["findings"])
-    mended = run(site, capsys, "--repair", *one.arguments)
+    mended = run(site, "--repair", *one.arguments)
     assert one.codes <= codes | {item["code"] for item in damage_of(mended)}, mended
     assert any(one.named in item["text"] + item["advice"] for item in damage_of(mended)), mended
     assert set(mended["left"]) <= one.left, mended
     assert mended["exit_code"] == (4 if one.left else 1)
-    again = run(site, capsys, *one.arguments)
+    again = run(site, *one.arguments)
     assert {item["code"] for item in damage_of(again)} <= one.left, again
     if one.left <= {"bytes-lost", "file-lost"}:
         found_now = tree_of(site)
