@@ -57,6 +57,11 @@ class Leases:
         lock.peer = key
         lock.orphaned = 0
 
+    def is_bound(self, peer: Peer, lock: Lock) -> bool:
+        """The lock belongs to this connection. What still comes by an earlier one was sent by a client
+        that has given it up and asked again since."""
+        return lock.peer != 0 and self._keys.get(id(peer)) == lock.peer
+
     def release(self, lock: Lock, *, is_uncommitted: bool = False) -> None:
         """A reader's lock ends. `is_uncommitted`: the master was not told of its seal."""
         self._unbind(lock)

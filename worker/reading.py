@@ -99,7 +99,7 @@ class Reading:
         treated like one whose connection ended."""
         for lock_id in request.lock_ids:
             lock = self._slabs.locks.get(lock_id)
-            if lock is None:
+            if lock is None or not self._leases.is_bound(peer, lock):
                 continue
             slab = lock.slab
             if lock.is_writer:

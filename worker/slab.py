@@ -208,7 +208,20 @@ class Lock:
     """A session's hold on a slab, by Attach or BeginWrite. It follows the slab when that gets
     another container id."""
 
-    __slots__ = ("ahead", "ended", "has_sealed", "id", "is_writer", "orphaned", "peer", "session_id", "slab")
+    __slots__ = (
+        "ahead",
+        "append",
+        "busy_count",
+        "ended",
+        "has_sealed",
+        "id",
+        "idle",
+        "is_writer",
+        "orphaned",
+        "peer",
+        "session_id",
+        "slab",
+    )
 
     def __init__(self, id_: int, slab: Slab, session_id: int, is_writer: bool, ahead: ReadAhead) -> None:
         self.id = id_
@@ -219,6 +232,12 @@ class Lock:
         self.ahead = ahead
         self.peer = 0
         """Key of the connection in `leases.Leases`; 0: none."""
+        self.append = (0, 0)
+        """Number of the newest append through the worker, and where it went."""
+        self.busy_count = 0
+        """Writes under way in threads."""
+        self.idle: trio.Event | None = None
+        """Set when there are none any more, for who waits."""
         self.orphaned = 0
         """A writer whose connection ended: number of that event (its grace period); 0: not."""
         self.ended = 0

@@ -98,6 +98,8 @@ class Writing:
             raise BadRequestError("BeginWrite needs a new container id")
         slab = self._slabs.get(request.container)
         is_ready = slab is not None and request.container not in self._gates
+        if slab is not None and self._busy(slab, request.session_id) is not None:
+            is_ready = False
         if (
             slab is not None
             and is_ready
@@ -110,6 +112,15 @@ class Writing:
             if slab is not None:
                 return self._grant(peer, request, slab)
         return self._begin_slowly(peer, request)
+
+    def _busy(self, slab: Slab, session_id: int) -> Lock | None:
+        """The session's lock, when writes that came by an earlier connection are still under way: they
+        must not end after those that will come by this one."""
+        if slab.writers:
+            for lock in self._slabs.locks.values():
+                if lock.slab is slab and lock.session_id == session_id and lock.busy_count:
+                    return lock
+        return None
 
     def _may_join(self, slab: Slab, request: BeginWrite) -> bool:
         if slab.state != WRITING:
@@ -151,6 +162,9 @@ class Writing:
         async with self._gate(request.container):
             slab = self._slabs.get(request.container)
             if slab is not None:
+                while (busy := self._busy(slab, request.session_id)) is not None:
+                    busy.idle = busy.idle or trio.Event()
+                    await busy.idle.wait()
                 await self._sealer.punched(slab)
             if slab is None and request.old_container and request.old_size:
                 slab = await self._convert(request)
@@ -317,15 +331,15 @@ class Writing:
             self._slabs.unpin(slab)
 
     def reserve(self, peer: Peer, request: Reserve) -> Reserved | Awaitable[Reserved]:
-        slab = self._writer(request.lock_id).slab
+        slab = self._writer(peer, request.lock_id).slab
         if self._grow_now(slab, request.start, request.end):
             return self._reserved(slab, request)
-        return self._reserve_slowly(request)
+        return self._reserve_slowly(peer, request)
 
-    async def _reserve_slowly(self, request: Reserve) -> Reserved:
-        slab = self._writer(request.lock_id).slab
+    async def _reserve_slowly(self, peer: Peer, request: Reserve) -> Reserved:
+        slab = self._writer(peer, request.lock_id).slab
         await self._grow(slab, request.start, request.end)
-        self._writer(request.lock_id)
+        self._writer(peer, request.lock_id)
         return self._reserved(slab, request)
 
     @staticmethod
@@ -340,49 +354,65 @@ class Writing:
     # --- writing through the worker ---------------------------------------------------------------
 
     def write(self, peer: Peer, request: Write, payload: Buffer) -> int | Awaitable[int]:
-        slab = self._writer(request.lock_id).slab
+        lock = self._writer(peer, request.lock_id)
+        slab = lock.slab
         length = len(payload)
         if length > MAX_IO_BYTES:
             raise BadRequestError(f"a write of more than {MAX_IO_BYTES} bytes")
+        if request.is_repeat:
+            number, at = lock.append
+            if number == request.number:
+                return at
+            if not number:  # The lock is another one than that by which it was sent before.
+                raise StaleError("it is not known whether this append was done")
         # Of an append: about there, as those who have the descriptor append too.
         offset = os.fstat(self._fd(slab)).st_size if request.append else request.offset
         if not length:
             return offset
         if length > _INLINE_BYTES or not self._grow_now(slab, offset, offset + length):
-            return self._write_slowly(request, offset, bytes(payload))
+            return self._write_slowly(peer, request, offset, bytes(payload))
         self._touch(slab, offset, length)
         try:
             _put(self._fd(slab), payload, offset, request.append)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
-        return self._appended(slab, offset, length) if request.append else offset
+        return self._appended(lock, request, offset, length) if request.append else offset
 
-    async def _write_slowly(self, request: Write, offset: int, data: bytes) -> int:
-        slab = self._writer(request.lock_id).slab
+    async def _write_slowly(self, peer: Peer, request: Write, offset: int, data: bytes) -> int:
+        lock = self._writer(peer, request.lock_id)
+        slab = lock.slab
         self._slabs.pin(slab)
+        lock.busy_count += 1
         try:
             await self._grow(slab, offset, offset + len(data))
-            self._writer(request.lock_id)
+            self._writer(peer, request.lock_id)
             self._touch(slab, offset, len(data))
             fd = os.dup(self._fd(slab))
             try:
                 await trio.to_thread.run_sync(_put, fd, data, offset, request.append, limiter=self._threads)
             finally:
                 os.close(fd)
-            return self._appended(slab, offset, len(data)) if request.append else offset
+            return self._appended(lock, request, offset, len(data)) if request.append else offset
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
+            lock.busy_count -= 1
+            if lock.idle is not None and not lock.busy_count:
+                lock.idle.set()
+                lock.idle = None
             self._slabs.unpin(slab)
 
-    def _appended(self, slab: Slab, start: int, length: int) -> int:
+    def _appended(self, lock: Lock, request: Write, start: int, length: int) -> int:
         """What was appended lies between `start` and the end: account for all of that. Where it is,
         unless others have appended since."""
+        slab = lock.slab
         end = os.fstat(self._fd(slab)).st_size
         if end > start + length:
             self._touch(slab, start, end - start)
             self._grow_now(slab, start, end)
-        return max(start, end - length)
+        offset = max(start, end - length)
+        lock.append = (request.number, offset)
+        return offset
 
     @staticmethod
     def _touch(slab: Slab, offset: int, length: int) -> None:
@@ -391,15 +421,15 @@ class Writing:
 
     def truncate(self, peer: Peer, request: Truncate) -> Nothing | Awaitable[Nothing]:
         """Growing makes a hole and needs no room beyond the page in which it begins."""
-        slab = self._writer(request.lock_id).slab
+        slab = self._writer(peer, request.lock_id).slab
         if request.size > MAX_SLAB_BYTES:
             raise FsError(errno.EFBIG)
         if slab.sends or not self._may_grow_to(slab, request.size):
-            return self._truncate_slowly(request)
+            return self._truncate_slowly(peer, request)
         return self._truncate_now(slab, request.size)
 
-    async def _truncate_slowly(self, request: Truncate) -> Nothing:
-        slab = self._writer(request.lock_id).slab
+    async def _truncate_slowly(self, peer: Peer, request: Truncate) -> Nothing:
+        slab = self._writer(peer, request.lock_id).slab
         self._slabs.pin(slab)
         try:
             with trio.move_on_after(SEND_PATIENCE_S):  # Who does not take it loses the connection.
@@ -409,7 +439,7 @@ class Writing:
             deadline = trio.current_time() + PATIENCE_S
             while slab.state == WRITING and not self._may_grow_to(slab, request.size):
                 await self._room.make(slab.directory, PAGE_BYTES, deadline - trio.current_time())
-            return self._truncate_now(self._writer(request.lock_id).slab, request.size)
+            return self._truncate_now(self._writer(peer, request.lock_id).slab, request.size)
         finally:
             self._slabs.unpin(slab)
 
@@ -436,6 +466,7 @@ class Writing:
     def end(self, peer: Peer, request: EndWrite) -> WriteEnd | Awaitable[WriteEnd]:
         lock = self._slabs.lock_of(request.lock_id)
         slab = lock.slab
+        self._require_bound(peer, lock)
         if not lock.is_writer:
             return self._ended_before(lock)
         fd = self._fd(slab)
@@ -535,11 +566,17 @@ class Writing:
 
     # --- common -----------------------------------------------------------------------------------
 
-    def _writer(self, lock_id: int) -> Lock:
+    def _writer(self, peer: Peer, lock_id: int) -> Lock:
         lock = self._slabs.lock_of(lock_id)
+        self._require_bound(peer, lock)
         if not lock.is_writer:
             raise StaleError(f"lock {lock_id} is not writing: begin again")
         return lock
+
+    def _require_bound(self, peer: Peer, lock: Lock) -> None:
+        if not self.leases.is_bound(peer, lock):
+            self._slabs.counters["requests_refused"] += 1
+            raise StaleError(f"lock {lock.id} belongs to another connection by now")
 
     def _fd(self, slab: Slab) -> int:
         try:

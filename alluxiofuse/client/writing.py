@@ -37,6 +37,7 @@ from alluxiofuse.errors import (
 from alluxiofuse.ids import MAX_FILE_BYTES, PAGE_BYTES
 from alluxiofuse.rpc import interrupt
 from alluxiofuse.rpc.base import Buffer, Connection, FileRange
+from alluxiofuse.rpc.reconnecting import MAX_ATTEMPTS
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire import worker_ops
 from alluxiofuse.wire.messages import Request
@@ -97,6 +98,9 @@ class Writing:
         """Calls inside `_busy`: `end` waits for them."""
         self._idle = trio.Event()
         self._recovering = trio.Lock()
+        self._appending = trio.Lock()
+        """One append through the worker at a time."""
+        self._append_number = 1
         self.is_unbegun = False
         """Ended without the home having been told that it began."""
         self._may_be_ended = False
@@ -481,15 +485,12 @@ class Writing:
         done = 0
         while done < length:
             chunk = view[done : done + MAX_IO_BYTES]
-            slab = await self._good_slab()
-            request = worker_ops.Write(slab.lock_id, 0 if is_append else offset + done, is_append)
             try:
-                at = await slab.connection.call(request, chunk)
-            except ConnectionLost:
                 if is_append:
-                    raise  # It may have been done.
-                slab.drop()
-                continue
+                    at = await self._append_remote(chunk)
+                else:
+                    at = offset + done
+                    await self._write_at(at, chunk)
             except NoSpaceError:
                 if done:
                     return done
@@ -497,6 +498,43 @@ class Writing:
             done += len(chunk)
             self._changed(at, at + len(chunk))
         return done
+
+    async def _append_remote(self, chunk: Buffer) -> int:
+        """Once, and where; one at a time. ConnectionLost: it can't be known whether it was done."""
+        async with self._appending:
+            self._append_number += 1
+            lost: ConnectionLost | None = None
+            for _ in range(MAX_ATTEMPTS):
+                try:
+                    slab = await self._good_slab()
+                    request = worker_ops.Write(
+                        slab.lock_id, 0, True, self._append_number, is_repeat=lost is not None
+                    )
+                    try:
+                        return await slab.connection.call(request, chunk)
+                    except ConnectionLost as exc:
+                        lost = exc
+                        slab.drop()
+                except StaleError as exc:
+                    if lost is None:
+                        raise
+                    raise ConnectionLost(f"an append may have been done or not: {exc.message}") from None
+            assert lost is not None
+            raise lost
+
+    async def _write_at(self, offset: int, chunk: Buffer) -> None:
+        """Again when the connection broke."""
+        lost: ConnectionLost | None = None
+        for _ in range(MAX_ATTEMPTS):
+            slab = await self._good_slab()
+            try:
+                await slab.connection.call(worker_ops.Write(slab.lock_id, offset), chunk)
+                return
+            except ConnectionLost as exc:
+                lost = exc
+                slab.drop()
+        assert lost is not None
+        raise lost
 
     def _changed(self, start: int, end: int) -> None:
         """[start, end) was written just now."""

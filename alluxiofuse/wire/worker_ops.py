@@ -149,6 +149,11 @@ class Write(Request[Size]):
     lock_id: Id
     offset: Size
     append: bool = False
+    number: U63 = 0
+    """Of an append: grows by one, from 2. 0: none."""
+    is_repeat: bool = False
+    """An append with this number was sent before, and its answer was not heard: it is done if it was not.
+    StaleError: that can't be told."""
 
 
 class Truncate(Request[Nothing]):

@@ -6,13 +6,17 @@ import os
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trio
 from client_world import ROOT, TCP, UNIX, Client, World, in_world, until
 
+from alluxiofuse.errors import ConnectionLost, StaleError
 from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.wire import worker_ops
+from alluxiofuse.wire.messages import Request
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "faults"))
 
@@ -163,6 +167,7 @@ def test_a_change_whose_answer_dies_with_the_master_happens_once() -> None:
                         world.relayed.clear()
                         await world.stop_master()
                         await world.start_master(session_lease_s=20.0)
+                        proxy.arm(None)
                         proxy.now(CUT)
                     await _check(client, name, ino)
                     assert world.master.replies.repeated_count == 1, name
@@ -183,6 +188,93 @@ async def _reconnect(client: Client) -> None:
     await link.current.aclose()
     await client.fs.statfs()
     assert link.connected_count > before
+
+
+@pytest.mark.parametrize("direction", [TO_CLIENT, TO_SERVER])
+def test_appends_through_a_worker_happen_once(direction: str) -> None:
+    """Where the worker is on another machine: the answers, or parts of the requests, are cut off."""
+
+    async def test(world: World) -> None:
+        with TcpProxy(("127.0.0.1", world.workers["w1"].port)) as proxy:
+            await world.stop_worker("w1")
+            await world.start_worker("w2", hostname="elsewhere", relay=lambda port: _aim(proxy, port))
+            async with world.client() as client:
+                file = await client.create(b"file", os.O_RDWR | os.O_APPEND)
+                expected = b""
+                for number in range(12):
+                    data = bytes([number]) * (1000 if number % 3 else 2_000_000)
+                    after = (700 if direction == TO_SERVER else 7) * (number % 4)
+                    proxy.arm(Fault((CUT, RESET)[number % 2], direction, after))
+                    assert await file.write(0, data) == len(data)
+                    expected += data
+                proxy.arm(None)
+                assert proxy.fault_count > 3
+                await client.close(file)
+                assert await client.get(b"file") == expected
+            await world.stop_worker("w2")
+
+    in_world(TCP, master={"session_lease_s": 20.0})(test)
+
+
+def _aim(proxy: TcpProxy, port: int) -> int:
+    proxy.target = ("127.0.0.1", port)
+    return proxy.port
+
+
+def test_a_worker_refuses_what_comes_by_an_earlier_connection() -> None:
+    """A write that was on its way for long must not undo what was written after its repetition."""
+
+    async def test(world: World) -> None:
+        part = world.workers["w1"]
+        async with world.client() as client:
+            file = await client.create(b"file")
+            await file.write(0, b"new")
+            writing = client.fs._contents[file.ino].writing
+            assert writing is not None
+            assert writing.slab is not None
+            lock_id = writing.slab.lock_id
+            earlier = InProcess(part.worker.service, "earlier")
+            all_late: list[Request[Any]] = [
+                worker_ops.Write(lock_id, 0),
+                worker_ops.Truncate(lock_id, 0),
+                worker_ops.EndWrite(lock_id, None),
+            ]
+            for late in all_late:
+                with pytest.raises(StaleError, match="another connection"):
+                    await earlier.call(late, b"old")
+            await earlier.call(worker_ops.Detach([lock_id]))
+            await file.write(3, b"er")
+            await client.close(file)
+            assert await client.get(b"file") == b"newer"
+            state = await part.connection.call(worker_ops.WorkerReport())
+            assert state.counters["requests_refused"] == 3
+            await earlier.aclose()
+
+    in_world(UNIX)(test)
+
+
+def test_when_the_session_is_lost_too_it_is_said_that_nothing_is_known() -> None:
+    async def test(world: World) -> None:
+        with TcpProxy(("127.0.0.1", world.master_port)) as proxy:
+            world.relayed[world.master_port] = proxy.port
+            async with world.client(patience_s=30.0) as client:
+                proxy.arm(Fault(SWALLOW, TO_CLIENT))
+                async with trio.open_nursery() as nursery:
+
+                    async def make() -> None:
+                        with pytest.raises(ConnectionLost, match="may have been done"):
+                            await client.fs.mkdir(ROOT, ROOT_INO, b"d", 0o755)
+
+                    nursery.start_soon(make)
+                    await until(lambda: _kept(world))
+                    proxy.is_refusing = True
+                    proxy.now(CUT)
+                    await until(lambda: not world.master.sessions.names())
+                    proxy.is_refusing = False
+                await client.fs.mkdir(ROOT, ROOT_INO, b"e", 0o755)
+                assert await _names(client) == {b"d", b"e"}
+
+    in_world(TCP, master={"session_lease_s": 1.0})(test)
 
 
 def test_kept_answers_end_with_their_session() -> None:
