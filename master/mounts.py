@@ -145,7 +145,10 @@ class MountTable:
                 f"this state directory belongs to {known.uri}, not to {uri}: name that one, or another "
                 "state directory"
             )
-        if known is not None and not options and sync_interval_s is None and known.options.get(IDENTITY):
+        is_identified = known is not None and (
+            known.options.get(IDENTITY, NEW_IDENTITY) != NEW_IDENTITY or local_directory(known.uri) is None
+        )
+        if known is not None and not options and sync_interval_s is None and is_identified:
             return known
         interval = sync_interval_s
         if known is None:
@@ -158,7 +161,7 @@ class MountTable:
             if known.options.get(IDENTITY) and IDENTITY not in record.options:
                 record.options[IDENTITY] = known.options[IDENTITY]
         self._records[ROOT_MOUNT_ID] = record
-        if known is not None:
+        if known is not None and local_directory(known.uri) is not None:
             with suppress(UfsError):  # it may be away at this start: learned at a later one
                 record.options = identified(record.options, self.storage(ROOT_MOUNT_ID))
         if interval is not None:
