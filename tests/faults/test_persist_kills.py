@@ -320,6 +320,10 @@ def killed_at_call(site: LocalDaemon, number: int) -> Iterator[None]:
             yield
         finally:
             tracer.terminate()
+            try:
+                tracer.wait(10)
+            except subprocess.TimeoutExpired:
+                tracer.kill()  # it may wait for ever for threads of a process that is dead
             drained.join()
 
 
