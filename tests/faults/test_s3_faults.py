@@ -147,6 +147,7 @@ def test_what_always_fails_is_given_up_after_a_few_attempts(
     assert bytes(store.read(b"a", 0, 3)) == b"one", "all is well again"
 
 
+@LONG
 def test_a_tenth_of_the_requests_fails(store: S3UnderStorage, proxy: S3Proxy) -> None:
     """In every way, at once. What still fails after three attempts is an error, never wrong bytes."""
     ways: list[Action] = [
@@ -197,6 +198,7 @@ def test_a_silent_store_costs_one_timeout(store: S3UnderStorage, proxy: S3Proxy,
     assert bytes(store.read(b"a", 0, 3)) == b"one"
 
 
+@LONG
 def test_a_slow_body_is_no_silence(store: S3UnderStorage, proxy: S3Proxy) -> None:
     data = os.urandom(MIB)
     put(store, b"a", data)
