@@ -25,6 +25,8 @@ KILLS = int(os.environ.get("FAULTS_KILLS", "3"))
 KINDS = os.environ.get("FAULTS_KINDS", "master,worker,client,everything").split(",")
 WHERE = os.environ.get("FAULTS_WHERE", "")
 WRITE_TYPES = os.environ.get("FAULTS_WRITE_TYPES", "")
+MOUNT_OPTIONS = os.environ.get("FAULTS_MOUNT_OPTIONS", "")
+"""For instance session=native."""
 QUICK = {
     "ALLUXIOFUSE_MASTER_PERSIST_DELAY": "100ms",
     "ALLUXIOFUSE_MASTER_SESSION_LEASE": "5s",
@@ -56,7 +58,9 @@ def kill_local(site: LocalDaemon) -> Kill:
 def test_local(local_daemon: Callable[..., LocalDaemon], seed: int, write_type: str) -> None:
     """The one-process daemon. By default the seed chooses the write type."""
     one_of(("ASYNC_THROUGH", "CACHE_THROUGH"), write_type, WRITE_TYPES, seed)
-    site = local_daemon(env={**QUICK, "ALLUXIOFUSE_CLIENT_WRITE_TYPE": write_type})
+    site = local_daemon(
+        env={**QUICK, "ALLUXIOFUSE_CLIENT_WRITE_TYPE": write_type}, mount_options=MOUNT_OPTIONS
+    )
     site.expects_clean_end = False
     with Harness(site, [site.mount], DirectoryStore(site.ufs_dir), seed, players_per_mount=3) as harness:
         harness.run(kill_local(site), KILLS)
@@ -94,7 +98,7 @@ def test_cluster(cluster: Callable[..., Cluster], seed: int, where: str) -> None
     """One process of a cluster, or all at once. Near: one of the workers is on the clients' machine, and
     they read and write by its descriptors. Far: by TCP alone. By default the seed chooses."""
     one_of(("near", "far"), where, WHERE, seed)
-    site = cluster(workers=0, env=QUICK)
+    site = cluster(workers=0, env=QUICK, mount_options=MOUNT_OPTIONS)
     site.expects_clean_end = False
     site.add_worker(socket.gethostname() if where == "near" else None)
     site.add_worker()
