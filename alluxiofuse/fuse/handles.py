@@ -26,6 +26,8 @@ class FileHandle:
     flags: int
     """Of open(2), without O_CREAT, O_EXCL and O_TRUNC: those are not to be repeated."""
     file: OpenFile
+    thread: int = 0
+    """Who opened it; most likely who reads and writes it too, of which libfuse tells us nothing."""
 
     @property
     def is_writable(self) -> bool:

@@ -25,6 +25,7 @@ from alluxiofuse.fuse.view import KernelView
 from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
 from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
 from alluxiofuse.rpc.base import Buffer
+from alluxiofuse.rpc.interrupt import serving
 from alluxiofuse.units import clamp_ns
 from alluxiofuse.wire.master_ops import RENAME_NOREPLACE
 from alluxiofuse.wire.types import SUPERUSER, Attr, Caller
@@ -332,7 +333,7 @@ class Operations(pyfuse3.Operations):
             # Its home makes the attributes of a file void at once, but this one is written through the
             # kernel that caches them; of others that join in, the watch tells.
             answer.attr_timeout = answer.entry_timeout
-        return self._opened(attr.ino, flags, file), answer
+        return self._opened(attr.ino, flags, file, ctx), answer
 
     @guarded_by_inode
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -342,10 +343,10 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             self.view.emptied(ino)
             self._changed(ino)
-        return self._opened(ino, flags, file)
+        return self._opened(ino, flags, file, ctx)
 
-    def _opened(self, ino: int, flags: int, file: OpenFile) -> pyfuse3.FileInfo:
-        fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file))
+    def _opened(self, ino: int, flags: int, file: OpenFile, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+        fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file, ctx.pid))
         # Through its page cache the kernel sends what crosses a page that it has not read in two writes,
         # and what another mount appends could come between.
         is_direct = file.is_append and file.is_writer and (not file.is_reader or self.maps_direct_io)
@@ -358,20 +359,26 @@ class Operations(pyfuse3.Operations):
         if self._kernel is not None and not flags & os.O_TRUNC and self.view.believes_otherwise(attr):
             self._kernel.invalidate_inode(self.view.kernels(attr.ino), True)
 
+    def _used(self, fh: int) -> FileHandle:
+        """Of a request that does not name the program: it is taken for the one that opened the file."""
+        handle = self.files.get(fh)
+        serving.set(handle.thread)
+        return handle
+
     @guarded
     async def read(self, fh: int, off: int, size: int) -> bytes:
-        return await self.files.get(fh).file.read(off, size)  # type: ignore[return-value]  # a buffer
+        return await self._used(fh).file.read(off, size)  # type: ignore[return-value]  # a buffer
 
     @guarded
     async def read_in_place(self, fh: int, off: int, size: int) -> Buffer | InSlab:
         """For sessions that can move bytes from a file to the kernel."""
-        return await self.files.get(fh).file.read_in_place(off, size)
+        return await self._used(fh).file.read_in_place(off, size)
 
     @guarded
     async def write(self, fh: int, off: int, buf: bytes, is_mapped: bool | None = None) -> int:
         """`is_mapped`: a page of a shared mapping is written back, where it belongs, whatever handle of
         the inode the kernel chose; None: the kernel's word did not reach us."""
-        handle = self.files.get(fh)
+        handle = self._used(fh)
         file = handle.file
         is_append = file.is_append
         if is_append and is_mapped is None:
@@ -385,13 +392,13 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def flush(self, fh: int) -> None:
-        handle = self.files.get(fh)
+        handle = self._used(fh)
         if handle.is_writable:
             await handle.file.flush()
 
     @guarded
     async def fsync(self, fh: int, datasync: bool) -> None:
-        await self.files.get(fh).file.fsync(datasync)
+        await self._used(fh).file.fsync(datasync)
 
     @guarded
     async def release(self, fh: int) -> None:

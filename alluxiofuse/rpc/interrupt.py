@@ -33,6 +33,10 @@ _STOPPING = sum(
 """Signals that mean "stop". Others (SIGCHLD, SIGALRM) come in the ordinary life of a program that does
 not expect EINTR of stat(2)."""
 
+_FLAGS, _EXIT_CODE = 6, -1
+"""Fields of /proc/PID/stat behind the name (proc_pid_stat(5)); the exit code is shown to root only."""
+_PF_EXITING = 0x4
+
 
 def is_told_to_stop(thread: int) -> bool:
     """A stopping signal that is neither blocked nor ignored is pending for the thread."""
@@ -41,8 +45,12 @@ def is_told_to_stop(thread: int) -> bool:
     try:
         with open(f"/proc/{thread}/status", "rb") as file:
             text = file.read()
+        with open(f"/proc/{thread}/stat", "rb") as file:
+            fields = file.read().rpartition(b")")[2].split()
     except OSError:
         return False  # Not of our namespace of processes, or not ours to look at.
+    if int(fields[_FLAGS]) & _PF_EXITING and _STOPPING << 1 >> (int(fields[_EXIT_CODE]) & 0x7F) & 1:
+        return True  # Killed, and closing its files: no signal is pending any more.
     masks = {}
     for line in text.splitlines():
         name, _, value = line.partition(b":\t")

@@ -10,7 +10,8 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -135,11 +136,18 @@ class Program:
             [sys.executable, "-c", STEPS, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def do(self, step: str) -> str:
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def begin(self, step: str) -> None:
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(step + "\n")
         self._process.stdin.flush()
+
+    def do(self, step: str) -> str:
+        assert self._process.stdout is not None
+        self.begin(step)
         return self._process.stdout.readline().strip()
 
     def end(self) -> None:
@@ -307,3 +315,37 @@ def test_a_copied_worker(cluster: Callable[..., Cluster]) -> None:
     first.kill()
     copy.wait_ready()
     assert read(path) == content("newer")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root sees where a process waits")
+@pytest.mark.parametrize("how", ["dead", "paused"])
+def test_a_program_that_waits_can_be_ended(cluster: Callable[..., Cluster], how: str) -> None:
+    """However long the patience is: by Ctrl-C and by SIGKILL, while it reads, writes or closes."""
+    site = cluster(env={**DIRTY, "ALLUXIOFUSE_CLIENT_PATIENCE_S": "1h"}, workers=1)
+    site.expects_clean_end = False
+    path, (worker,) = site.mount / "file", site.workers
+    path.write_bytes(content("file"))
+    with program(site.mount / "written") as writer, ExitStack() as stack:
+        assert writer.do("write a 1000") == "ok 1000"
+        assert writer.do("fsync") == "ok"
+        if how == "paused":
+            stack.enter_context(paused(worker))
+        else:
+            worker.kill()
+        for number in (signal.SIGINT, signal.SIGKILL):
+            command = [sys.executable, "-c", READ, str(path)]
+            blocked = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+            wait_until(partial(is_waiting, blocked.pid, "filemap_read"), "it waits for the mount")
+            blocked.send_signal(number)
+            assert blocked.wait(BOUND_S) != 0
+        writer.begin("write b 1000")
+        wait_until(partial(is_waiting, writer.pid, "fuse_perform_write"), "it waits for the mount")
+        os.kill(writer.pid, signal.SIGKILL)
+    if how == "dead":
+        worker.start()  # The mount waits for it before it ends.
+
+
+def is_waiting(pid: int, within: str) -> bool:
+    """For a FUSE daemon, in this function of the kernel."""
+    stack = Path(f"/proc/{pid}/stack").read_text()
+    return within in stack and ("request_wait_answer" in stack or "folio_wait" in stack)
