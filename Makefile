@@ -16,6 +16,7 @@ FAULTS_FILES ?= 1000000
 FAULTS_OPERATIONS ?= 100000
 FAULTS_POWER_CUTS ?= 100
 FAULTS_CUTS ?= 200
+FAULTS_CUTOFFS ?= 50
 FAULTS_S3_ROUNDS ?= 500
 FAULTS_PERSIST_KILLS ?= all
 
@@ -42,8 +43,9 @@ test: $(VENV)/.installed-test
 test-faults: $(VENV)/.installed-test
 	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_WRITE_TYPES=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
 	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) FAULTS_FILES=$(FAULTS_FILES) FAULTS_CUTS=$(FAULTS_CUTS) \
+	FAULTS_CUTOFFS=$(FAULTS_CUTOFFS) \
 	FAULTS_S3_ROUNDS=$(FAULTS_S3_ROUNDS) FAULTS_PERSIST_KILLS=$(FAULTS_PERSIST_KILLS) \
-		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults $(TEST_ARGS)
+		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults tests/coherence $(TEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

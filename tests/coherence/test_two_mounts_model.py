@@ -17,7 +17,7 @@ import pytest
 from two_mount_model import Model
 from two_mounts import TwoMounts
 
-OPERATIONS = int(os.environ.get("FAULTS_OPERATIONS", "1000"))
+OPERATIONS = int(os.environ.get("FAULTS_OPERATIONS", "700"))
 """Of each of the three layouts."""
 SEED = int(os.environ.get("SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
 

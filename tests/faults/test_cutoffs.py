@@ -1,0 +1,189 @@
+"""The network between machines is cut, in every way, and comes back.
+
+    make test-faults                     50 cut-offs of each kind
+    FAULTS_CUTOFFS=5 pytest tests/faults/test_cutoffs.py -s
+
+A failure names its seed; FAULTS_SEED=N repeats it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from cut_site import LEASE_S, Cut, CutSite
+from harness import Harness, seed_of_run
+from netns import KINDS
+from servers import wait_until
+from stores import DirectoryStore
+
+CUTOFFS = int(os.environ.get("FAULTS_CUTOFFS", "1"))
+IS_LONG = CUTOFFS > 1
+ENDS = [("h0", "m"), ("h0", "h1"), ("m", "h1")]
+SLOW_S = 5.0
+"""A machine that is busy may take so much longer."""
+
+
+@contextmanager
+def running(site: CutSite) -> Iterator[CutSite]:
+    try:
+        yield site.start()
+    except BaseException:
+        site.expects_clean_end = False
+        for daemon in site.daemons:
+            print(f"--- {daemon.name}\n{daemon.log_text()[-3000:]}")
+        site.close()
+        raise
+    wrong = site.close()
+    assert not wrong, "\n\n".join(wrong)
+
+
+@pytest.fixture(scope="module")
+def site() -> Iterator[CutSite]:
+    # Programs get their errors soon here.
+    with running(CutSite(mount_options=["master_patience=3s", "master_patience=3s"])) as found:
+        yield found
+
+
+@pytest.fixture
+def pair(site: CutSite, request: pytest.FixtureRequest) -> Iterator[tuple[Path, Path]]:
+    """A directory as the host that will be cut off, h0, shows it, and as h1 does."""
+    name = "".join(char if char.isalnum() else "_" for char in request.node.name)
+    (site.mounts[1] / name).mkdir()
+    wait_until((site.mounts[0] / name).is_dir, "the other sees the directory")
+    yield site.mounts[0] / name, site.mounts[1] / name
+    site.network.heal()
+    wait_until(lambda: works(site.mounts[0]), "it works again")
+    subprocess.run(["rm", "-rf", "--", str(site.mounts[1] / name)], check=True, timeout=120)
+
+
+def works(mount: Path) -> bool:
+    try:
+        (mount / "probe").write_bytes(b"")
+        os.unlink(mount / "probe")
+    except OSError:
+        return False
+    return True
+
+
+def asked(question: Callable[[], object]) -> object:
+    """The answer, or EIO."""
+    try:
+        return question()
+    except OSError as exc:
+        if exc.errno != errno.EIO:
+            raise
+        return errno.EIO
+
+
+@pytest.mark.parametrize("kind", KINDS if IS_LONG else KINDS[:1])
+def test_nothing_cached_is_older_than_the_lease(site: CutSite, pair: tuple[Path, Path], kind: str) -> None:
+    """Names, names that do not exist, attributes: what was known is believed for a lease after the last
+    word from the master, then it is an error. When all is healed nothing of the old view remains."""
+    here, there = pair
+    (there / "changed").write_bytes(b"old")
+    (there / "removed").write_bytes(b"old")
+    wait_until((here / "removed").exists, "all names")
+    assert (here / "changed").stat().st_size == 3
+    assert not (here / "made").exists()
+    site.network.cut("h0", "m", kind)
+    began = time.monotonic()
+    is_link_down = kind == "link"
+    (there / "changed").write_bytes(b"longer than before")
+    os.unlink(there / "removed")
+    (there / "made").write_bytes(b"")
+    changed_at = time.monotonic()
+    questions: list[tuple[Callable[[], object], object]] = [
+        (lambda: (here / "changed").stat().st_size, 3),
+        (lambda: stat.S_ISREG((here / "removed").stat().st_mode), True),
+        (lambda: (here / "made").exists(), False),
+    ]
+    for question, old in questions:
+        while True:
+            asked_at = time.monotonic()
+            answer = asked(question)
+            if answer == errno.EIO:
+                break
+            assert answer == old, f"news came through the cut ({kind})"
+            assert asked_at - changed_at < LEASE_S + SLOW_S, "it is still believed"
+            time.sleep(0.05)
+    print(f"{kind}: the first error {time.monotonic() - began:.1f} s after the cut")
+    if not is_link_down:  # The others saw none of it.
+        assert (there / "changed").read_bytes() == b"longer than before"
+    site.network.heal()
+    wait_until(lambda: works(site.mounts[0]), "it works again")
+    assert (here / "changed").read_bytes() == b"longer than before"
+    wait_until(lambda: (here / "changed").stat().st_size == 18, "its size")
+    wait_until(lambda: not (here / "removed").exists() and (here / "made").exists(), "the names")
+    assert sorted(os.listdir(here)) == sorted(os.listdir(there)) == ["changed", "made"]
+
+
+@pytest.mark.parametrize("kind", KINDS[:3])
+def test_a_short_cut_is_a_pause(site: CutSite, pair: tuple[Path, Path], kind: str) -> None:
+    """Less than patience: a program that asks meanwhile waits, and gets its answer."""
+    here, there = pair
+    with open(here / "log", "wb", buffering=0) as log:
+        log.write(b"before")
+        site.network.cut("h0", "m", kind)
+        healing = threading.Timer(0.7, site.network.heal)
+        healing.start()
+        log.write(b", during")
+        os.fstat(log.fileno())
+        assert not (here / "missing").exists()
+        healing.join()
+        log.write(b", after")
+    wait_until((there / "log").exists, "the name")
+    assert (there / "log").read_bytes() == b"before, during, after"
+    assert (here / "log").read_bytes() == b"before, during, after"
+
+
+def test_reading_from_a_worker_that_is_cut_off(site: CutSite, pair: tuple[Path, Path]) -> None:
+    """What is in the under storage is read from there; what only that worker has, when it is back."""
+    here, there = pair
+    data = os.urandom(2 << 20)
+    (there / "stored").write_bytes(data)
+    wait_until(lambda: (site.ufs_dir / there.name / "stored").exists(), "it is uploaded")
+    site.wait_persisted("/" + there.name)
+    wait_until((here / "stored").exists, "the name")
+    site.network.cut("h0", "h1")
+    assert (here / "stored").read_bytes() == data
+    (there / "stored").write_bytes(data[::-1])
+    site.network.heal()
+    assert (here / "stored").read_bytes() == data[::-1]
+
+
+def test_an_idle_client_does_not_poll(site: CutSite, pair: tuple[Path, Path]) -> None:
+    """The long poll is renewed a few times in a lease, whatever is cached: no request for each name."""
+    here, there = pair
+    for number in range(200):
+        (there / f"f{number}").write_bytes(b"")
+    wait_until(lambda: len([path.stat() for path in here.iterdir()]) == 200, "all names")
+    before = site.network.packets("h0")
+    until = time.monotonic() + LEASE_S
+    looks = 0
+    while time.monotonic() < until:
+        for number in range(200):
+            (here / f"f{number}").stat()
+        looks += 200
+        time.sleep(0.01)
+    sent = site.network.packets("h0") - before
+    print(f"{looks} stats, {sent} packets (the worker's heartbeats among them)")
+    assert sent < looks / 10
+
+
+@pytest.mark.parametrize("ends", ENDS if IS_LONG else ENDS[:1], ids="-".join)
+def test_cut_offs_under_load(ends: tuple[str, str]) -> None:
+    seed = seed_of_run()
+    print(f"FAULTS_SEED={seed} FAULTS_CUTOFFS={CUTOFFS}")
+    found = CutSite()
+    found.expects_clean_end = False
+    with running(found), Harness(found, found.mounts, DirectoryStore(found.ufs_dir), seed) as harness:
+        harness.run(Cut(found, *ends), CUTOFFS)
