@@ -22,7 +22,7 @@ from alluxiofuse.master.records import InodeRecord, IntentRecord, RemoveEntry
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.index import SlabRecord
-from alluxiofuse.worker.slab import CLEAN
+from alluxiofuse.worker.slab import CLEAN, WRITING
 
 MIB = 1 << 20
 
@@ -622,6 +622,17 @@ def dirty_slab_that_counts_as_clean(site: LocalDaemon) -> None:
         record = index.record(container)
         assert record is not None
         record.state = CLEAN
+        index.put(container, record)
+
+
+@damage("slab-damaged", named="/clean.bin")
+def clean_slab_that_counts_as_open(site: LocalDaemon) -> None:
+    """Its seal was lost with the power, and perhaps bytes; the under storage has them all."""
+    container = container_of(site, "clean.bin")
+    with index_of(site) as index:
+        record = index.record(container)
+        assert record is not None
+        record.state = WRITING
         index.put(container, record)
 
 
