@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "scripts"
 
 from measure_size import BIG, count_files, list_with_attributes, make_tree, usage
 
-FILES = int(os.environ.get("FAULTS_FILES", "30000"))
+FILES = int(os.environ.get("FAULTS_FILES", "12000"))
 IN_ONE = FILES // 5 if FILES >= 100_000 else FILES // 2
 CONTENT = b"content of a small file\n" * 4
 BOUND_S = 60.0 + FILES / 50
