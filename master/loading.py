@@ -13,7 +13,7 @@ import errno
 from collections.abc import Awaitable, Callable
 from typing import Protocol, TypeVar
 
-from alluxiofuse.errors import FsError
+from alluxiofuse.errors import FsError, StateError
 from alluxiofuse.master.records import InodeRecord
 
 R = TypeVar("R")
@@ -96,13 +96,19 @@ class Gate:
 
     async def _run_loading(self, step: Callable[[], R], needs: NeedsLoad) -> R:
         done: set[_Need] = set()
+        failure: StateError | None = None
         for _ in range(_MAX_ROUNDS):
-            await needs.load()
-            done.add(needs.need)
+            try:
+                await needs.load()
+                done.add(needs.need)
+            except StateError as exc:
+                failure = exc  # What is known is served: the loader asks for nothing more then.
             self._done = done
             try:
                 return step()
             except NeedsLoad as more:
+                if failure is not None:
+                    raise failure from None
                 needs = more
             finally:
                 self._done = set()

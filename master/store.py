@@ -15,7 +15,6 @@ writes no more until it is opened again, which `heal` does as soon as there is r
 
 from __future__ import annotations
 
-import errno
 import gc
 import logging
 import os
@@ -27,7 +26,7 @@ from typing import Any, TypeVar
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
-from alluxiofuse import descriptors
+from alluxiofuse import descriptors, state_disk
 from alluxiofuse.errors import StateError, UserError
 from alluxiofuse.master.durability import Durability
 from alluxiofuse.master.records import (
@@ -45,8 +44,6 @@ T = TypeVar("T")
 _inode_decoder = decoder(InodeRecord)
 _RESERVE = 1024
 """Counters are taken from the disk in steps of this many numbers."""
-_HEAL_BYTES = 16 << 20
-"""Free room, beyond twice the write-ahead logs, at which a store that failed is opened again."""
 
 log = logging.getLogger(__name__)
 
@@ -260,15 +257,8 @@ class Store:
     def _failed(self, exc: Exception) -> Exception:
         if type(exc) is not Exception:
             return exc  # not of RocksDB, so a bug of ours
-        is_full = "no space left" in str(exc).lower()
-        reason = os.strerror(errno.ENOSPC) if is_full else str(exc)
-        way_out = "make room there" if is_full else "look at that disk"
         if self._trouble is None:
-            self._trouble = StateError(
-                f"the state directory {self.directory} can't be written: {reason}: {way_out}; nothing can be "
-                "changed until then",
-                errno=errno.ENOSPC if is_full else errno.EIO,
-            )
+            self._trouble = state_disk.trouble(self.directory, exc)
             log.error("%s", self._trouble.message)
         return self._copy_of(self._trouble)
 
@@ -281,7 +271,9 @@ class Store:
         then; blocks for the time that opening takes. Does nothing while something is being read."""
         if self._trouble is None:
             return True
-        if self._scan_count or not self._has_room() or not self._sync_lock.acquire(blocking=False):
+        if self._scan_count or not state_disk.can_be_written(self.directory):
+            return False
+        if not self._sync_lock.acquire(blocking=False):
             return False
         try:
             self._close()
@@ -295,14 +287,6 @@ class Store:
         self._trouble = None
         log.warning("the state directory %s can be written again", self.directory)
         return True
-
-    def _has_room(self) -> bool:
-        try:
-            free = os.statvfs(self.directory)
-            logs = sum(file.stat().st_size for file in self.directory.glob("*.log"))
-        except OSError:
-            return False
-        return free.f_bavail * free.f_frsize >= _HEAL_BYTES + 2 * logs
 
     def unreachable(self) -> StateError:
         """For reading while it is closed, after an attempt to open it again failed."""

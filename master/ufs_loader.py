@@ -194,6 +194,9 @@ class UfsLoader:
         return age_ns / 1e9 if age_ns >= 0 else math.inf
 
     def _is_unreachable(self, mount_id: int) -> bool:
+        """It rests; or what it says could not be written down."""
+        if self._store.is_failed:
+            return True
         return self._clock.monotonic() < self._unreachable_until_s.get(mount_id, 0.0)
 
     def _is_moving(self, ino: int, record: InodeRecord) -> bool:

@@ -21,6 +21,7 @@ LAYERS: dict[str, int] = {
     "alluxiofuse.config_load": 0,
     "alluxiofuse.descriptors": 0,
     "alluxiofuse.findings": 0,
+    "alluxiofuse.state_disk": 0,
     "alluxiofuse.wire": 1,
     "alluxiofuse.rpc": 2,
     "alluxiofuse.metrics": 2,

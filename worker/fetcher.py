@@ -20,6 +20,7 @@ from alluxiofuse.errors import (
     ChecksumError,
     NoSpaceError,
     StaleError,
+    StateError,
     UfsChangedError,
     UfsUnavailableError,
     UnavailableError,
@@ -477,8 +478,13 @@ class Fetcher:
             if not slab.jobs:
                 slab.jobs = None
         if sums is not None:
-            self._slabs.add_pages(slab, job.first, sums, job.reserved)
-        elif job.reserved:
+            try:
+                self._slabs.add_pages(slab, job.first, sums, job.reserved)
+            except StateError as exc:
+                # As without room: it is read through.
+                job.error = NoSpaceError(f"nothing can be cached: {exc.message}")
+                self._discard(job)
+        if job.error is not None and job.reserved:
             self._slabs.unreserve(slab, job.reserved)
         job.done.set()
         self._slabs.unpin(slab)

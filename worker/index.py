@@ -17,8 +17,11 @@ in the write-ahead log of the operating system, which survives a kill of this pr
 
 from __future__ import annotations
 
+import gc
+import logging
 import os
 import struct
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -27,12 +30,14 @@ from typing import Any, TypeVar
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
-from alluxiofuse import descriptors
+from alluxiofuse import descriptors, state_disk
 from alluxiofuse.errors import BadRequestError, StateError, UserError
 from alluxiofuse.wire.codec import decode, decoder, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
 from alluxiofuse.worker.layout import sync_names
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 T = TypeVar("T")
@@ -152,6 +157,11 @@ class Index:
         """Opens or creates it. UserError when another process has it, StateError when it is not one.
         `is_readonly`: changes nothing on disk, and nothing can be written."""
         self.directory = directory
+        self._trouble: StateError | None = None
+        """Why nothing can be written at present."""
+        self._owed: list[WriteBatch] = []
+        self._sync_lock = threading.Lock()
+        """Held by the thread that syncs, so that the index is not closed under it."""
         if is_readonly and not (directory / "CURRENT").exists():
             raise StateError(f"{directory} holds no index of a worker")
         try:
@@ -189,7 +199,7 @@ class Index:
             batch = WriteBatch(raw_mode=True)
             batch.put(b"muuid", found)
             batch.put(b"mformat", u64(FORMAT))
-            self._db.write(batch)
+            self._write(batch)
         if not found.isascii():
             raise self._damaged("the worker's name")
         return found.decode()
@@ -201,7 +211,12 @@ class Index:
         return StateMark() if found is None else self._decode(found, StateMark)
 
     def see_state(self, mark: StateMark) -> None:
-        self._db.put(b"mstate", encode(mark))
+        batch = WriteBatch(raw_mode=True)
+        batch.put(b"mstate", encode(mark))
+        try:
+            self._write(batch)
+        except StateError:
+            pass  # It is told again and again.
 
     def directories(self) -> dict[int, str]:
         """Directory id -> path, of all that were ever claimed and not forgotten."""
@@ -216,11 +231,13 @@ class Index:
         batch = WriteBatch(raw_mode=True)
         batch.put(b"mnext_directory", u64(number + 1))
         batch.put(b"d" + u64(number), path.encode("utf-8", "surrogateescape"))
-        self._db.write(batch)
+        self._write(batch)
         return number
 
     def forget_directory(self, directory_id: int) -> None:
-        self._db.delete(b"d" + u64(directory_id))
+        batch = WriteBatch(raw_mode=True)
+        batch.delete(b"d" + u64(directory_id))
+        self._write(batch)
 
     # --- slabs ------------------------------------------------------------------------------------
 
@@ -298,21 +315,89 @@ class Index:
         return Batch(self)
 
     def put(self, container: int, record: SlabRecord) -> None:
-        self._db.put(b"c" + u64(container), encode(record))
+        batch = self.batch()
+        batch.put(container, record)
+        self.commit(batch)
 
     def commit(self, batch: Batch) -> None:
-        self._db.write(batch.raw)
+        """StateError (ENOSPC, EROFS, EIO): it has not happened, and nothing can be written until
+        `heal` succeeds."""
+        self._write(batch.raw)
+
+    def owe(self, batch: Batch) -> None:
+        """Like `commit`; where that fails it is done when writing works again. For what memory goes ahead
+        with and a restart finds out by itself: content that is clean now, or is not here any more."""
+        try:
+            self.commit(batch)
+        except StateError:
+            self._owed.append(batch.raw)
+
+    def _write(self, raw: WriteBatch) -> None:
+        if self._trouble is not None:
+            raise self._copy_of(self._trouble)
+        try:
+            self._db.write(raw)
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._failed(exc) from None
 
     def sync(self) -> None:
         """fsync of the write-ahead log; blocks. Thread-safe. StateError: it may not survive the
         machine."""
+        with self._sync_lock:
+            if self._trouble is not None:
+                raise self._copy_of(self._trouble)
+            try:
+                self._db.flush_wal(True)
+            except Exception as exc:  # rocksdict raises bare Exception
+                raise self._failed(exc) from None
+
+    # --- trouble ----------------------------------------------------------------------------------
+
+    @property
+    def is_failed(self) -> bool:
+        """Nothing can be written until `heal` succeeds."""
+        return self._trouble is not None
+
+    def _failed(self, exc: Exception) -> Exception:
+        if type(exc) is not Exception:
+            return exc  # not of RocksDB, so a bug of ours
+        if self._trouble is None:
+            self._trouble = state_disk.trouble(self.directory, exc)
+            log.error("%s", self._trouble.message)
+        return self._copy_of(self._trouble)
+
+    @staticmethod
+    def _copy_of(trouble: StateError) -> StateError:
+        return StateError(trouble.message, errno=trouble.errno)
+
+    def heal(self) -> bool:
+        """Open an index that failed again and write what is owed; True when it can be written now. Blocks
+        for that. Await-free, in the thread that owns the index; no scan is under way."""
+        if self._trouble is None:
+            return True
+        if not self._sync_lock.acquire(blocking=False):
+            return False
         try:
-            self._db.flush_wal(True)
+            self.close()
+            gc.collect()  # RocksDB's lock goes with the last reference
+            self._db = Rdict(str(self.directory), options=_options())
+            while self._owed:
+                self._db.write(self._owed[0])
+                del self._owed[0]
         except Exception as exc:  # rocksdict raises bare Exception
-            raise StateError(f"the worker's index {self.directory} can't be written: {exc}") from None
+            log.error("%s can't be opened again yet: %s", self.directory, exc)
+            return False
+        finally:
+            self._sync_lock.release()
+        self._trouble = None
+        log.warning("the state directory %s can be written again", self.directory)
+        return True
 
     def close(self) -> None:
-        self._db.close()
+        try:
+            self._db.close()
+        except Exception as exc:  # what it still wanted to write is in the write-ahead log
+            log.debug("closing %s: %s", self.directory, exc)
 
     def items(self, prefix: bytes) -> Iterator[tuple[bytes, bytes]]:
         """(key without the prefix, value) in key order, as of the first item."""

@@ -134,9 +134,39 @@ def write_marker(fd: int, marker: Marker) -> None:
     os.fsync(fd)
 
 
-def stored_slabs(root: Path) -> Iterator[int]:
-    """Container ids of all slabs in a tier directory. Half moved ones are removed on the way; what has
-    another name is not ours and left alone."""
+class Claims:
+    """The tier directories of a worker, and the locks on them. Guarded by the caller: at the start, then
+    by `upkeep`."""
+
+    def __init__(self) -> None:
+        self.markers: dict[str, Marker] = {}
+        self._fds: dict[str, int] = {}
+
+    def add(self, root: Path, marker: Marker) -> None:
+        """See `claim`."""
+        self._fds[str(root)] = claim(root, marker)
+        self.markers[str(root)] = marker
+
+    def release(self, root: str) -> None:
+        """Let go of a directory, for now: nothing of it is open here. Idempotent."""
+        fd = self._fds.pop(root, -1)
+        if fd >= 0:
+            os.close(fd)
+
+    def renew(self, root: str) -> None:
+        """After `release`, of a directory whose marker was read again. UserError."""
+        if root not in self._fds:
+            self._fds[root] = claim(Path(root), self.markers[root])
+
+    def close(self) -> None:
+        """Idempotent."""
+        for root in list(self._fds):
+            self.release(root)
+
+
+def stored_slabs(root: Path, *, is_removing: bool = True) -> Iterator[int]:
+    """Container ids of all slabs in a tier directory. Half moved ones are removed on the way, unless not
+    `is_removing`; what has another name is not ours and left alone."""
     for number in range(256):
         folder = root / "slabs" / f"{number:02x}"
         try:
@@ -147,7 +177,7 @@ def stored_slabs(root: Path) -> Iterator[int]:
         for name in names:
             if name.endswith(ending) and _SLAB_NAME.fullmatch(name):
                 yield int(name, 16)
-            elif _is_part(name) and stat.S_ISREG(os.lstat(folder / name).st_mode):
+            elif is_removing and _is_part(name) and stat.S_ISREG(os.lstat(folder / name).st_mode):
                 os.unlink(folder / name)
 
 

@@ -20,7 +20,7 @@ from alluxiofuse.worker import layout
 from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import data_pages, is_zero
 from alluxiofuse.worker.index import Index, SlabRecord
-from alluxiofuse.worker.layout import Marker, slab_path
+from alluxiofuse.worker.layout import Claims, Marker, slab_path
 from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab, round_up
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.tiers import Directory, Tiers
@@ -37,13 +37,11 @@ class Opened:
 
     index: Index
     tiers: Tiers
-    lock_fds: list[int]
-    """Each holds the lock of a directory's marker."""
+    claims: Claims
 
     def close(self) -> None:
         """Idempotent."""
-        while self.lock_fds:
-            os.close(self.lock_fds.pop())
+        self.claims.close()
         self.index.close()
 
 
@@ -55,7 +53,7 @@ def open_storage(config: WorkerConfig) -> Opened:
     if not (index_path / "CURRENT").exists():
         _refuse_foreign(markers, None)
     index = Index(index_path)
-    lock_fds: list[int] = []
+    claims = Claims()
     try:
         _refuse_foreign(markers, index.worker_uuid)
         directories = []
@@ -65,15 +63,15 @@ def open_storage(config: WorkerConfig) -> Opened:
                 marker = markers[root] or _new_marker(index, root, is_durable=tier_config.is_durable)
                 if markers[root] is None:
                     index.sync()  # What the marker names is known here, whatever happens.
-                lock_fds.append(layout.claim(root, marker))
+                claims.add(root, marker)
                 directories.append(
                     Directory(
                         str(root), marker.directory_id, wanted.quota_bytes, tier, tier_config.is_durable
                     )
                 )
-        return Opened(index, Tiers([tier.alias for tier in config.tiers], directories), lock_fds)
+        return Opened(index, Tiers([tier.alias for tier in config.tiers], directories), claims)
     except BaseException:
-        Opened(index, Tiers([], []), lock_fds).close()
+        Opened(index, Tiers([], []), claims).close()
         raise
 
 

@@ -269,6 +269,7 @@ class Reporter:
         self._refit()
         taken = slabs.take_changed(REPORTS_PER_CALL)
         seals = list(slabs.orphans.values())[:REPORTS_PER_CALL]
+        gauges = {"open_slabs": len(slabs.writing), "untold_seals": len(seals)}
         is_heard = False
         try:
             state = await self._master.call(
@@ -279,7 +280,7 @@ class Reporter:
                     [slabs.report(container) for container in taken],
                     seals,
                     max(0, slabs.dirty_bytes),
-                    {**slabs.counters, **tally, **self._uploads.ufs_counts()},
+                    {**slabs.counters, **tally, **self._uploads.ufs_counts(), **gauges},
                 )
             )
             self._see(state)

@@ -11,7 +11,7 @@ from collections import Counter
 import trio
 
 from alluxiofuse import descriptors
-from alluxiofuse.errors import AlluxioFuseError, FsError, NoSpaceError
+from alluxiofuse.errors import AlluxioFuseError, FsError, NoSpaceError, StateError
 from alluxiofuse.worker import checksums
 from alluxiofuse.worker.eviction import Drop, Move, Punch, Step, may_drop, may_move, plan_room
 from alluxiofuse.worker.layout import slab_path
@@ -27,7 +27,7 @@ _MAX_FAILED_PLANS = 20
 
 def storage_error(exc: OSError, directory: Directory, counters: Counter[str]) -> AlluxioFuseError:
     """What a failed file operation in a tier directory means to a client. A filesystem that is full
-    below the quota counts as full until it has room again."""
+    below the quota counts as full until it has room again; whatever else fails is EIO."""
     if exc.errno in descriptors.EXHAUSTED:
         counters["descriptors_exhausted"] += 1
         return FsError(exc.errno or errno.EMFILE, "the worker has too many open files")
@@ -35,8 +35,15 @@ def storage_error(exc: OSError, directory: Directory, counters: Counter[str]) ->
         directory.note_full()
         return NoSpaceError("a tier's filesystem is full")
     counters["storage_errors"] += 1
-    log.error("tier directory %s: %s", directory.root, exc.strerror)
-    return FsError(exc.errno or errno.EIO, f"tier storage: {exc.strerror}")
+    directory.is_suspect = True  # `upkeep` looks at it.
+    if not directory.trouble:
+        log.error("tier directory %s: %s", directory.root, exc.strerror)
+    return FsError(errno.EIO, f"tier directory {directory.root}: {exc.strerror}")
+
+
+def trouble_of(directory: Directory) -> AlluxioFuseError:
+    """What it means to a client that wants something of a directory out of use."""
+    return FsError(errno.EIO, f"tier directory {directory.root}: {directory.trouble}")
 
 
 class Room:
@@ -82,6 +89,8 @@ class Room:
         deadline = trio.current_time() + patience_s
         failed_plans = 0
         while not self.make_now(directory, size_bytes):
+            if directory.trouble:
+                raise trouble_of(directory)
             async with self._busy[directory]:
                 steps, is_enough = plan_room(self._slabs.tiers, directory, size_bytes)
                 if is_enough:
@@ -192,6 +201,8 @@ class Room:
                 is_moved = True
         except OSError as exc:
             storage_error(exc, target, self._slabs.counters)
+        except StateError:
+            pass  # logged
         finally:
             slab.is_moving = False
             if not is_moved:

@@ -10,6 +10,7 @@ import trio
 from alluxiofuse.errors import AlluxioFuseError
 from alluxiofuse.wire.worker_ops import WriteEnd
 from alluxiofuse.worker import checksums
+from alluxiofuse.worker.layout import sync_names
 from alluxiofuse.worker.room import storage_error
 from alluxiofuse.worker.slab import WRITING, Slab
 from alluxiofuse.worker.slabs import Slabs
@@ -72,7 +73,8 @@ class Sealer:
                 return unsealed
             pages = self._slabs.pages_to_seal(slab, found.st_size)
             if slab.must_sync:
-                await trio.to_thread.run_sync(os.fdatasync, fd, limiter=self._threads)
+                # The master, told of the seal, forgets the content that this one was made from.
+                await self.sync(slab, fd)
             sums, zeros, filled = await trio.to_thread.run_sync(
                 checksums.sealed_checksums, fd, pages, found.st_size, limiter=self._threads
             )
@@ -89,6 +91,16 @@ class Sealer:
                 gate.is_punching = False
         self._slabs.seal(slab, found.st_size, sums, zeros)
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
+
+    async def sync(self, slab: Slab, fd: int) -> None:
+        """The slab's bytes, its name, and the index that says whose it is, in this order. OSError,
+        StateError."""
+        path = self._slabs.path(slab)
+        await trio.to_thread.run_sync(
+            _sync, fd, path if slab.is_unnamed else "", self._slabs, limiter=self._threads
+        )
+        if path == self._slabs.path(slab):
+            slab.is_unnamed = False
 
     def is_punching(self, slab: Slab) -> bool:
         gate = self._seals.get(slab)
@@ -112,3 +124,10 @@ class Sealer:
                 log.error("container %x can't be sealed: %s", slab.container, exc.message)
                 await trio.sleep(delay_s)
                 delay_s = min(2 * delay_s, MAX_RESEAL_S)
+
+
+def _sync(fd: int, new_path: str, slabs: Slabs) -> None:
+    os.fdatasync(fd)
+    if new_path:
+        sync_names(os.path.dirname(new_path))
+    slabs.index.sync()

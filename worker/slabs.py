@@ -68,6 +68,8 @@ class Slabs(Accounts):
         self.locks: dict[int, Lock] = {}
         self.changed: dict[int, None] = {}
         """Containers whose report to the master is out of date, oldest change first."""
+        self.writing: set[Slab] = set()
+        """Those open for writing."""
         self.orphans: dict[int, OrphanSeal] = {}
         """Seals that no client asked for, to be told to the master."""
         self.counters: Counter[str] = Counter()
@@ -180,6 +182,7 @@ class Slabs(Accounts):
             self.dirty_bytes += slab.charged
             self.report_orphan(slab)
         elif slab.state == WRITING:
+            self.writing.add(slab)
             self.lock(slab, 0, is_writer=True).orphaned = -1
 
     # --- clean slabs ------------------------------------------------------------------------------
@@ -201,25 +204,27 @@ class Slabs(Accounts):
 
     def add_pages(self, slab: Slab, first: int, sums: list[int], reserved_bytes: int) -> None:
         """Pages whose bytes were stored: present and verified. `reserved_bytes` were reserved for
-        them."""
+        them. StateError: nothing has changed."""
         known = dict(enumerate(sums, first))
         mask = ((1 << len(sums)) - 1) << first
+        batch = self.index.batch()
+        if slab.page_count <= 1:
+            record = self._record(slab)
+            record.checksum, record.is_present = sums[0], True
+            batch.put(slab.container, record)
+        else:
+            if not slab.present:
+                batch.put(slab.container, self._record(slab))
+            batch.put_pages(slab.container, known)
+        self.index.commit(batch)
         for page, value in known.items():
             if is_zero(value, page_length(page, slab.size)):
                 slab.zeros |= 1 << page
-        is_new = not slab.present
         slab.present |= mask
         slab.verified |= mask
         slab.reserved -= reserved_bytes
         if slab.page_count <= 1:
             slab.checksum = sums[0]
-            self.index.put(slab.container, self._record(slab))
-        else:
-            batch = self.index.batch()
-            if is_new:
-                batch.put(slab.container, self._record(slab))
-            batch.put_pages(slab.container, known)
-            self.index.commit(batch)
         self.enlist(slab, mask)
         self.account(slab)
         for block in {page // BLOCK_PAGES for page in known}:
@@ -241,7 +246,7 @@ class Slabs(Accounts):
             batch.remove_pages(slab.container, pages)
         else:
             batch.delete(slab.container, slab.page_count)
-        self.index.commit(batch)
+        self.index.owe(batch)
         for first, count in mask_runs(pages):
             checksums.punch_hole(fd, first * PAGE_BYTES, count * PAGE_BYTES)
         for block in {page // BLOCK_PAGES for page in bits(pages)}:
@@ -250,12 +255,20 @@ class Slabs(Accounts):
         self.changed[slab.container] = None
         self.account(slab)
 
-    def drop(self, slab: Slab) -> None:
+    def forget_clean(self, slab: Slab) -> None:
+        """Its directory can't be read: those who have it open get it elsewhere."""
+        for lock in [lock for lock in self.locks.values() if lock.slab is slab] if slab.locks else ():
+            del self.locks[lock.id]
+            slab.locks -= 1
+        self.drop(slab, is_file_kept=True)
+
+    def drop(self, slab: Slab, *, is_file_kept: bool = False) -> None:
         """Remove the slab with its file and record. Nobody uses it."""
         assert slab.is_idle
         had_record = bool(slab.present) or slab.state != CLEAN
         self.delist(slab)
         self.fds.forget(slab)
+        self.writing.discard(slab)
         del self.by_container[slab.container]
         slab.is_gone = True
         self.count_dirty(slab, CLEAN)
@@ -265,8 +278,9 @@ class Slabs(Accounts):
             self.changed[slab.container] = None
             batch = self.index.batch()
             batch.delete(slab.container, slab.page_count)
-            self.index.commit(batch)
-        self._unlink(self.path(slab))
+            self.index.owe(batch)
+        if not is_file_kept:
+            self._unlink(self.path(slab))
 
     # --- verification -----------------------------------------------------------------------------
 
@@ -295,14 +309,21 @@ class Slabs(Accounts):
     # --- writing ----------------------------------------------------------------------------------
 
     def create_writing(self, container: int, directory: Directory, charge_bytes: int) -> Slab:
-        """An empty slab open for writing, with `charge_bytes` of room. One open, one index put."""
+        """An empty slab open for writing, with `charge_bytes` of room. One open, one index put. OSError,
+        StateError: there is none."""
         slab = Slab(container, 0, directory, WRITING)
         slab.is_unnamed, slab.is_kept = True, False
         fd = self._new_file(self.path(slab))
+        try:
+            os.utime(fd, NOT_WRITTEN)
+            self.index.put(container, self._record(slab))
+        except BaseException:
+            os.close(fd)
+            self._unlink(self.path(slab))
+            raise
         self.fds.adopt(slab, fd)
-        os.utime(fd, NOT_WRITTEN)
-        self.index.put(container, self._record(slab))
         self.by_container[container] = slab
+        self.writing.add(slab)
         slab.reserved = slab.granted_end = charge_bytes
         self.account(slab)
         self.changed[container] = None
@@ -337,6 +358,7 @@ class Slabs(Accounts):
         self.orphans.pop(old, None)
         self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
+        self.writing.add(slab)
         slab.is_unnamed = True
         slab.is_kept = slab.is_kept and slab.size > 0
         slab.source = None
@@ -404,7 +426,7 @@ class Slabs(Accounts):
     def seal(self, slab: Slab, size: int, sums: dict[int, int], zeros: int = 0) -> None:
         """End the writing. `sums` are the checksums of `pages_to_seal`, but for those in the mask
         `zeros`, which are full pages of zeros. Dirty, and durable against a kill of this process
-        when this returns."""
+        when this returns. StateError: it is still open."""
         assert slab.state == WRITING
         assert not slab.writers
         before, after = slab.page_count, page_count(size)
@@ -418,16 +440,22 @@ class Slabs(Accounts):
             batch.delete_chunks(slab.container, after, before)
         else:
             batch.delete_chunks(slab.container, 0, before)
-            slab.checksum = ZERO_PAGE if zeros else sums.get(0, slab.checksum)
+            checksum = ZERO_PAGE if zeros else sums.get(0, slab.checksum)
+        record = SlabRecord(size, slab.directory.directory_id, DIRTY, int(self._wall_s()))
+        if after <= 1:
+            record.is_present, record.checksum = after == 1, checksum
+        batch.put(slab.container, record)
+        self.index.commit(batch)
+        if after <= 1:
+            slab.checksum = checksum
         slab.size, slab.state = size, DIRTY
+        self.writing.discard(slab)
         slab.present = slab.verified = slab.all_pages
         slab.zeros = (slab.zeros & kept) | zeros
         last = after - 1
         if last in sums and is_zero(sums[last], page_length(last, size)):
             slab.zeros |= 1 << last
         slab.dirty_pages = slab.reserved = slab.granted_end = slab.islands = 0
-        batch.put(slab.container, self._record(slab))
-        self.index.commit(batch)
         self.account(slab)
         self.dirty_bytes += slab.charged
         slab.directory.dirty[slab] = None
@@ -441,12 +469,12 @@ class Slabs(Accounts):
         self.count_dirty(slab, CLEAN)
         slab.state, slab.is_kept = CLEAN, True
         self.orphans.pop(slab.container, None)
+        batch = self.index.batch()
         if slab.present:
-            self.index.put(slab.container, self._record(slab))
+            batch.put(slab.container, self._record(slab))
         else:
-            batch = self.index.batch()
             batch.delete(slab.container, slab.page_count)
-            self.index.commit(batch)
+        self.index.owe(batch)
         self.enlist(slab, slab.present)
         self.changed[slab.container] = None
         self._settle(slab)
@@ -463,9 +491,13 @@ class Slabs(Accounts):
 
     def relocate(self, slab: Slab, directory: Directory, held_bytes: int) -> None:
         """Its file was copied to `directory`, durably where that matters. The old one goes when the
-        index says so durably. The slab is idle; `held_bytes` are held for it."""
+        index says so durably. The slab is idle; `held_bytes` are held for it. StateError: nothing
+        has changed."""
         old_path = self.path(slab)
         is_dirty = slab.state == DIRTY
+        record = self._record(slab)
+        record.directory = directory.directory_id
+        self.index.put(slab.container, record)
         self.delist(slab)
         self.fds.forget(slab)
         source = slab.directory
@@ -474,7 +506,6 @@ class Slabs(Accounts):
         charged, slab.charged, slab.evictable = slab.charged, 0, 0
         slab.directory = directory
         slab.is_unnamed = not is_dirty
-        self.index.put(slab.container, self._record(slab))
         self.release(directory, held_bytes)
         self.account(slab)
         assert slab.charged == charged
@@ -483,6 +514,7 @@ class Slabs(Accounts):
         else:
             self.enlist(slab, slab.present)
         self.room_changed()
+        self.old_names.pop(self.path(slab), None)
         self.old_names[old_path] = None
 
     # --- reports ----------------------------------------------------------------------------------

@@ -32,6 +32,11 @@ class Directory:
         """New files are written here: `Tiers` says so."""
         self.limit_bytes = quota_bytes
         """At most the quota; less while others fill the filesystem."""
+        self.trouble = ""
+        """Why it is out of use; see `health`."""
+        self.is_readable = True
+        self.is_suspect = False
+        """A file operation failed since it was last looked at."""
         self.used = 0
         """Charged to slabs, and held for slabs on their way here."""
         self.held = 0
@@ -46,12 +51,12 @@ class Directory:
 
     @property
     def available(self) -> int:
-        return self.limit_bytes - self.used
+        return 0 if self.trouble else self.limit_bytes - self.used
 
     @property
     def reachable(self) -> int:
         """What could be had by evicting all that may be evicted."""
-        return self.available + self.evictable
+        return 0 if self.trouble else self.available + self.evictable
 
     @property
     def reader_room(self) -> int:
@@ -88,12 +93,12 @@ class Tiers:
     def below(self, directory: Directory) -> list[Directory]:
         """Directories of the next lower tier."""
         lower = directory.tier + 1
-        return self._by_tier[lower] if lower < len(self._by_tier) else []
+        return [d for d in self._by_tier[lower] if not d.trouble] if lower < len(self._by_tier) else []
 
     def for_reading(self, size_bytes: int, only_durable: bool = False) -> Directory | None:
         """Where a new slab of clean bytes goes: the first tier with a directory that can hold all of
         it (after evicting), else the roomiest directory of all. None when no directory has any room."""
-        candidates = [d for d in self.directories if d.is_durable or not only_durable]
+        candidates = [d for d in self.directories if (d.is_durable or not only_durable) and not d.trouble]
         for group in self._grouped(candidates):
             fitting = [d for d in group if d.reachable >= size_bytes]
             if fitting:
@@ -103,9 +108,10 @@ class Tiers:
 
     def for_writing(self, size_bytes: int) -> list[Directory]:
         """Directories for a slab that will be written, best first: of the first durable tier that
-        can hold `size_bytes`; MEM only where there is no durable tier."""
-        is_durable = any(d.is_durable for d in self.directories)
-        candidates = [d for d in self.directories if d.is_durable == is_durable]
+        can hold `size_bytes`; MEM only where no durable tier works. At least one, perhaps in trouble."""
+        working = [d for d in self.directories if not d.trouble] or self.directories
+        is_durable = any(d.is_durable for d in working)
+        candidates = [d for d in working if d.is_durable == is_durable]
         ranked: list[Directory] = []
         for group in self._grouped(candidates):
             ranked += sorted(group, key=lambda d: (-int(d.available >= size_bytes), -d.reachable))
@@ -121,9 +127,10 @@ class Tiers:
         return [
             Tier(
                 alias,
-                sum(d.quota_bytes for d in group),
-                sum(max(0, d.used) for d in group),
+                sum(d.quota_bytes for d in group if not d.trouble),
+                sum(max(0, d.used) for d in group if not d.trouble),
                 [d.root for d in group],
+                [f"{d.root}: {d.trouble}"[:500] for d in group if d.trouble],
             )
             for alias, group in zip(self.aliases, self._by_tier, strict=True)
         ]

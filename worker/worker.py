@@ -95,7 +95,7 @@ class Worker:
         uploads = Uploads(slabs, fetcher, mounts, parallel=config.persist_parallel, process=process)
         reporter = Reporter(self._master, slabs, identity, uploads)
         async with trio.open_nursery() as nursery:
-            upkeep = Upkeep(slabs)
+            upkeep = Upkeep(slabs, opened.claims)
             for task in (room.run, fetcher.run, writing.run, uploads.run, reporter.run, upkeep.run):
                 nursery.start_soon(task)
             if process is not None:

@@ -20,6 +20,7 @@ from alluxiofuse.errors import (
     FsError,
     NoSpaceError,
     StaleError,
+    StateError,
     UnavailableError,
 )
 from alluxiofuse.ids import PAGE_BYTES, page_length, pages_of
@@ -42,9 +43,8 @@ from alluxiofuse.worker import checksums
 from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.fetcher import Fetcher
-from alluxiofuse.worker.layout import sync_names
 from alluxiofuse.worker.leases import Leases
-from alluxiofuse.worker.room import Room, storage_error
+from alluxiofuse.worker.room import Room, storage_error, trouble_of
 from alluxiofuse.worker.sealing import Sealer
 from alluxiofuse.worker.slab import DIRTY, MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up, span
 from alluxiofuse.worker.slabs import NOT_WRITTEN, Slabs
@@ -136,8 +136,11 @@ class Writing:
     def _create_now(self, container: int, reserve_bytes: int) -> Slab | None:
         """A new empty slab in the best directory that has room now."""
         needed = max(4096, round_up(reserve_bytes))
+        failure: AlluxioFuseError | None = None
         for directory in self._slabs.tiers.for_writing(needed):
-            if self._room.make_now(directory, needed):
+            if directory.trouble:
+                failure = trouble_of(directory)
+            elif self._room.make_now(directory, needed):
                 room = directory.available & ~4095
                 try:
                     charge = min(room, max(needed, MIN_GRANT_BYTES))
@@ -145,7 +148,9 @@ class Writing:
                 except OSError as exc:
                     error = storage_error(exc, directory, self._slabs.counters)
                     if not isinstance(error, NoSpaceError):
-                        raise error from None
+                        failure = error
+        if failure is not None:
+            raise failure
         return None
 
     @asynccontextmanager
@@ -485,7 +490,11 @@ class Writing:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         if any(checksums.is_zero(v, page_length(page, found.st_size)) for page, v in sums.items()):
             return self._end_slowly(lock)
-        self._slabs.seal(slab, found.st_size, sums)
+        try:
+            self._slabs.seal(slab, found.st_size, sums)
+        except StateError:
+            self._slabs.write_again(lock, pages)
+            raise
         lock.has_sealed = True
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
 
@@ -536,15 +545,12 @@ class Writing:
         if not slab.directory.is_durable:
             return False
         fd = os.dup(self._fd(slab))
-        path = self._slabs.path(slab) if slab.is_unnamed else ""
         try:
-            await trio.to_thread.run_sync(_sync, fd, path, self._slabs, limiter=self._threads)
+            await self._sealer.sync(slab, fd)
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         finally:
             os.close(fd)
-        if path == self._slabs.path(slab):
-            slab.is_unnamed = False
         slab.is_kept = True
         return True
 
@@ -590,10 +596,3 @@ def _put(fd: int, data: Buffer, offset: int, is_append: bool) -> None:
         checksums.append_all(fd, data)
     else:
         checksums.pwrite_all(fd, data, offset)
-
-
-def _sync(fd: int, new_path: str, slabs: Slabs) -> None:
-    os.fdatasync(fd)
-    if new_path:
-        sync_names(os.path.dirname(new_path))
-    slabs.index.sync()

@@ -61,6 +61,7 @@ def worker_json(worker: WorkerInfo) -> dict[str, Any]:
                 "capacity_bytes": tier.capacity_bytes,
                 "used_bytes": tier.used_bytes,
                 "directories": tier.directories,
+                "troubles": tier.troubles,
             }
             for tier in worker.tiers
         ],
@@ -119,5 +120,6 @@ def worker_lines(worker: WorkerInfo) -> list[str]:
     for tier in worker.tiers:
         used, capacity = format_size(tier.used_bytes), format_size(tier.capacity_bytes)
         lines.append(f"    {tier.alias}  {used} of {capacity}  {', '.join(tier.directories)}")
+        lines += [f"      OUT OF USE {trouble}" for trouble in tier.troubles]
     lines += [f"    {name} = {value}" for name, value in sorted(worker.counters.items()) if value]
     return lines

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from pathlib import Path
 
 import click
 
-from alluxiofuse.cli.state_dir import LOCK_NAME, StateDir
+from alluxiofuse.cli.state_dir import ERASING_NAME, LOCK_NAME, StateDir
 from alluxiofuse.cli.tiers import REMEMBERED, default_mem_directory
 from alluxiofuse.errors import UserError
 
@@ -29,16 +30,31 @@ def format_command(state: str, force: bool) -> None:
     path = Path(state)
     if not path.is_dir():
         raise UserError(f"{state} is no state directory: there is nothing to format")
-    with StateDir(path) as directory:
+    with StateDir(path, is_formatting=True) as directory:
+        mark = directory.path / ERASING_NAME
         found = sorted(name for name in _names(directory.path) if name in OURS)
         mem = default_mem_directory(directory.path)
-        if found and not force:
+        if found and not force and not mark.exists():
             _confirm(directory.path)
+        # From here on it is erased, however often that takes: nothing is started on a part of it.
+        mark.touch(mode=0o600)
+        _sync(directory.path)
         for name in found:
             _remove(directory.path / name)
         if mem.is_dir() and not mem.is_symlink():
             shutil.rmtree(mem)
+        _sync(directory.path)
+        mark.unlink()
     click.echo(f"{directory.path} is empty now")
+
+
+def _sync(directory: Path) -> None:
+    """The names in it survive a power failure."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def _names(path: Path) -> list[str]:

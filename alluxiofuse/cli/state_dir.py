@@ -6,6 +6,7 @@ master.sock, worker.sock     Unix sockets, while the daemon lives
 master/                      the master's metadata
 worker/                      the worker's index
 cache/, default-tiers.json   of `local` without --tier
+erasing                      `format` has begun to erase it: what is left is good for nothing
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from types import TracebackType
 from alluxiofuse.errors import StateError, UserError
 
 LOCK_NAME = "lock"
+ERASING_NAME = "erasing"
 MASTER_SOCKET = "master.sock"
 WORKER_SOCKET = "worker.sock"
 
@@ -31,7 +33,9 @@ class StateDir:
     block sets `is_started`: a start that failed leaves nothing.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, is_formatting: bool = False) -> None:
+        """`is_formatting`: also when it was erased in part."""
+        self._is_formatting = is_formatting
         self.path = Path(os.path.abspath(path))
         self._fd = -1
         self._was_made = False
@@ -58,8 +62,14 @@ class StateDir:
         try:
             _check_is_ours(self.path)
             self._fd = _lock(self.path)
+            if not self._is_formatting and (self.path / ERASING_NAME).exists():
+                raise StateError(
+                    f"state directory {self.path} was being erased when that was interrupted: run"
+                    f" `alluxiofuse format --state {self.path}` again, which ends it"
+                )
         except BaseException:
             self._remove_if_new()
+            self._unlock()
             raise
         return self
 
@@ -67,6 +77,9 @@ class StateDir:
         self, kind: type[BaseException] | None, exc: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._remove_if_new()
+        self._unlock()
+
+    def _unlock(self) -> None:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1

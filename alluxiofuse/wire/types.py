@@ -133,6 +133,8 @@ class Tier(Message):
     capacity_bytes: U63
     used_bytes: U63
     directories: Annotated[list[str], Meta(max_length=256)]
+    troubles: Annotated[list[str], Meta(max_length=256)] = []
+    """Of its directories that are out of use now: which, and why. They are not in the sums."""
 
 
 class WorkerAddress(Message):

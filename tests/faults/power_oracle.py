@@ -29,22 +29,27 @@ class File:
     states: list[bytes] = field(default_factory=lambda: [b""])
     touched: list[tuple[int, int]] = field(default_factory=list)
     """[start, end) of each change since the last sync."""
+    notes: list[str] = field(default_factory=list)
+    """What happened to it, for people."""
 
     @property
     def now(self) -> bytes:
         return self.states[-1]
 
     def write(self, offset: int, data: bytes) -> None:
+        self.notes.append(f"write {offset}+{len(data)}")
         old = self.now.ljust(offset, b"\0")
         self.states.append(old[:offset] + data + old[offset + len(data) :])
         self.touched.append((min(offset, len(self.states[-2])), offset + len(data)))
 
     def truncate(self, size: int) -> None:
+        self.notes.append(f"truncate {size}")
         old = self.now
         self.states.append(old[:size].ljust(size, b"\0"))
         self.touched.append((min(size, len(old)), max(size, len(old))))
 
     def synced(self) -> None:
+        self.notes.append("synced")
         self.states, self.touched = [self.now], []
 
     def problem(self, found: Found) -> str:
@@ -194,13 +199,14 @@ class Oracle:
             assert file is not None
             problem = file.problem(one)
             if problem:
-                return f"{path}: {problem}"
+                return f"{path}: {problem}; {file.notes}"
         return ""
 
     def _restart(self, tree: Tree, contents: dict[str, Found]) -> None:
         for path, (_, _, file) in tree.items():
             if file is not None:
                 file.states, file.touched = [contents[path].content], []
+                file.notes = [*file.notes[-10:], f"found {contents[path].size}"]
         self.base, self.tree = copy.copy(tree), copy.copy(tree)
         self.log.clear()
         self.durable_count = self.done_count = 0

@@ -21,6 +21,7 @@ from daemons import LocalDaemon, require_fuse
 from power import Disk, Writeback, require_disks
 from power_oracle import Oracle
 from power_work import Work
+from servers import wait_until
 
 CUTS = int(os.environ.get("FAULTS_POWER_CUTS", "2"))
 IS_LONG = "FAULTS_POWER_CUTS" in os.environ
@@ -63,6 +64,16 @@ class Machine:
 
     def start(self) -> None:
         self.site.daemon.start()
+
+    def wait_recovered(self) -> None:
+        """Until what was open for writing is sealed, and the master knows."""
+
+        def is_recovered() -> bool:
+            [worker] = self.site.report()["workers"]
+            names = ("open_slabs", "untold_seals")
+            return all(worker["counters"].get(name) == 0 for name in names)
+
+        wait_until(is_recovered, "what was open is sealed")
 
     def fail(self, names: list[str]) -> None:
         """Everything that happens on this machine stops at one moment; some of the disks lose what
@@ -168,6 +179,7 @@ def test_power_failure(tmp_path: Path, layout: str, uploads: str) -> None:
         for number in range(CUTS):
             cut = run_until_cut(one, oracle, dice, is_synchronous=uploads == "through")
             one.start()
+            one.wait_recovered()
             note = f"FAULTS_SEED={seed}, cut {number + 1} of {cut}"
             try:
                 lost = oracle.after_failure(one.site.mount)

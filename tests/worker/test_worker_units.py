@@ -188,7 +188,7 @@ async def test_a_tree_that_is_removed_does_not_keep_others_waiting(tmp_path: Pat
             turns.append(turn)
             drop(slab)
 
-        world.slabs.drop = noting  # type: ignore[method-assign]
+        world.slabs.drop = noting  # type: ignore[method-assign, assignment]
         world.master.send(FreeCommand(containers, keep_dirty=False))
         while world.slabs.by_container:
             turn += 1
