@@ -345,7 +345,7 @@ class SocketConnection(Connection):
     async def read_all(self) -> None:
         """The reading task, started by `connect`: hands answers to their calls until the end."""
         try:
-            deadline = math.inf
+            deadline = self._silence.deadline  # A call may have begun before this task did.
             while True:
                 with trio.CancelScope(deadline=deadline) as self._silence:
                     await self._take_answers()

@@ -118,6 +118,28 @@ async def test_patience_ends_with_the_last_reason(line: Line) -> None:
 
 
 @virtual
+async def test_patience_is_spent_once_for_an_outage(line: Line) -> None:
+    line.is_down = True
+    connection = Reconnecting(line.dial, patience_s=30)
+    waited = []
+    for _ in range(3):
+        started = trio.current_time()
+        with pytest.raises(UnavailableError):
+            await connection.call(Echo("x"))
+        waited.append(trio.current_time() - started)
+    assert waited == [pytest.approx(30, abs=0.1), pytest.approx(2, abs=0.1), pytest.approx(2, abs=0.1)]
+    line.is_down = False
+    await connection.call(Echo("x"))
+    assert connection.current is not None
+    await connection.current.aclose()
+    line.is_down = True
+    started = trio.current_time()
+    with pytest.raises(UnavailableError):
+        await connection.call(Echo("x"))
+    assert trio.current_time() - started == pytest.approx(30, abs=0.1), "another outage"
+
+
+@virtual
 async def test_what_waiting_does_not_cure_is_raised_at_once(line: Line) -> None:
     line.failures = [AuthError("wrong secret")]
     connection = Reconnecting(line.dial)

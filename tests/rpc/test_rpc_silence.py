@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 
 import pytest
@@ -9,8 +10,8 @@ import trio
 from rpc_site import SocketAsStream, site, welcome
 from rpc_world import Blob, Echo, Later, run, until
 
-from alluxiofuse.errors import ConnectionLost
-from alluxiofuse.rpc import client, serverconnection
+from alluxiofuse.errors import ConnectionLost, UnavailableError
+from alluxiofuse.rpc import client, interrupt, serverconnection
 from alluxiofuse.rpc.client import connect_tcp
 from alluxiofuse.rpc.security import Security
 
@@ -55,6 +56,31 @@ def test_calls_to_a_server_that_is_stopped_end() -> None:
     run(main)
 
 
+def test_so_does_a_call_that_is_made_at_once() -> None:
+    """Before the connection's own task has run for the first time."""
+
+    async def main() -> None:
+        async with site() as here, trio.open_nursery() as nursery:
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                listener.setblocking(False)
+
+                async def serve() -> None:
+                    sock, _ = await trio.socket.from_stdlib_socket(listener).accept()
+                    await welcome(SocketAsStream(sock))
+                    await trio.sleep_forever()
+
+                nursery.start_soon(serve)
+                port = listener.getsockname()[1]
+                connection = await connect_tcp(
+                    nursery, "127.0.0.1", port, role="test", security=here.security
+                )
+                with pytest.raises(ConnectionLost, match="no sign of life"):
+                    await connection.call(Echo("hello"))
+                nursery.cancel_scope.cancel()
+
+    run(main)
+
+
 def test_a_handler_may_take_its_time() -> None:
     async def main() -> None:
         async with site() as here:
@@ -67,6 +93,51 @@ def test_a_handler_may_take_its_time() -> None:
             assert (await connection.call(Echo("still here"))).text == "still here"
 
     run(main)
+
+
+def test_but_not_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The connection lives on, and who cares hears what came of it."""
+    monkeypatch.setattr(Later, "DEADLINE_S", LOOK_S * 3)
+
+    async def main() -> None:
+        async with site() as here:
+            connection = await here.connect()
+            late: list[int] = []
+            with pytest.raises(UnavailableError, match=r"did not answer .* within"):
+                await connection.exchange(Later(7, waits=True), on_late=late.append)
+            assert not connection.is_closed
+            assert not late
+            here.service.gate.set()
+            await until(lambda: late == [7])
+            assert (await connection.call(Echo("still here"))).text == "still here"
+
+    run(main)
+
+
+def test_what_was_cancelled_is_heard_of_late() -> None:
+    async def main() -> None:
+        async with site() as here:
+            connection = await here.connect()
+            late: list[int] = []
+            with trio.CancelScope() as scope:
+                async with trio.open_nursery() as nursery:
+
+                    async def ask() -> None:
+                        await connection.exchange(Later(7, waits=True), on_late=late.append)
+
+                    nursery.start_soon(ask)
+                    await until(lambda: here.service.running_count == 1)
+                    scope.cancel()
+            here.service.gate.set()
+            await until(lambda: late == [7])
+
+    run(main)
+
+
+def test_a_signal_that_is_not_pending_interrupts_nobody() -> None:
+    assert not interrupt.is_told_to_stop(0)
+    assert not interrupt.is_told_to_stop(os.getpid())
+    assert not interrupt.is_told_to_stop(1 << 30), "of another namespace"
 
 
 def test_so_may_handlers_that_fill_the_connection(monkeypatch: pytest.MonkeyPatch) -> None:
