@@ -223,6 +223,7 @@ def test_stopping_while_the_store_is_silent(site: Site) -> None:
     assert site.objects() == {"cold": b"x" * MIB, "new": b"waits"}
 
 
+@LONG
 def test_damaged_bodies_never_reach_a_program(site: Site) -> None:
     data = {f"f{number}": os.urandom(200_000 + number) for number in range(1)}
     for key, body in data.items():
