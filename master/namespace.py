@@ -90,6 +90,7 @@ class Namespace:
             persistence(r, self._is_away),
             r.mount_id,
             cache_s,
+            r.mtime_set_at_ns,
         )
 
     def detach(self, tx: Transaction, parent: int, name: bytes, ino: int, record: InodeRecord) -> Unlinked:

@@ -88,7 +88,7 @@ class Content:
         return msgspec.structs.replace(
             attr,
             size=writing.size,
-            mtime_ns=written_ns or attr.mtime_ns,
+            mtime_ns=written_ns if written_ns > attr.mtime_set_at_ns else attr.mtime_ns,
             ctime_ns=max(attr.ctime_ns, written_ns),
             container=writing.container,
             home=writing.worker_id,

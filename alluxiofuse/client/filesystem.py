@@ -213,7 +213,7 @@ class FileSystem:
         return msgspec.structs.replace(
             attr,
             size=stat.size,
-            mtime_ns=stat.mtime_ns or attr.mtime_ns,
+            mtime_ns=stat.mtime_ns if stat.mtime_ns > attr.mtime_set_at_ns else attr.mtime_ns,
             ctime_ns=max(attr.ctime_ns, stat.mtime_ns),
         )
 

@@ -80,6 +80,8 @@ class Attr(Message):
     cache_s: float
     """For how long this and the name that led here may be cached without a watch event (seconds);
     bounded by the mount's sync interval."""
+    mtime_set_at_ns: Ns = 0
+    """While `home` != 0: up to when the home's writes are older than `mtime_ns`, by the home's clock."""
 
 
 class DirEntry(Message):

@@ -187,3 +187,22 @@ def test_a_time_that_is_set_after_the_seal_and_before_the_master_hears_of_it() -
             assert (attr.home, attr.mtime_ns) == (0, 12345)
 
     in_world(UNIX, master={"worker_heartbeat_s": 3.0})(test)
+
+
+def test_a_time_that_is_set_while_the_home_is_away() -> None:
+    """What the home has was written before, though nobody could tell it."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            file = await one.create(b"f")
+            await file.write(0, b"written, not closed")
+            await world.stop_worker()
+            await two.fs.setattr(ROOT, file.ino, mtime_ns=12345)
+            part = await world.start_worker(session_grace_s=20.0)
+            for client in (one, two):
+                client.rejoin(part)
+                assert (await client.fs.getattr(file.ino)).mtime_ns == 12345
+            await one.close(file)
+            assert (await two.fs.getattr(file.ino)).mtime_ns == 12345
+
+    in_world(UNIX)(test)
