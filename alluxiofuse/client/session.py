@@ -220,6 +220,7 @@ class Session:
             inos = self._hooks.open_inos()
             grant = await connection.call(ops.OpenSession(self._name, self._hostname, 0, inos, self._seen))
             self._released.clear()  # they were the old session's
+            tally["sessions_lost"] += 1
             log.warning("the master had given our session up: a new one with %d open files", len(inos))
         self.id = grant.session_id
         self._lease_s = grant.lease_s
@@ -245,6 +246,7 @@ class Session:
                 if not await self._poll():
                     await trio.sleep(_RETRY_S)
             if was_healthy and not self.is_watch_healthy:
+                tally["leases_lapsed"] += 1
                 log.warning("no word from the master for %.0f s: nothing cached is believed", self._lease_s)
                 self._tell_reset()
 

@@ -124,6 +124,7 @@ def test_nothing_cached_is_older_than_the_lease(site: CutSite, pair: tuple[Path,
     wait_until(lambda: (here / "changed").stat().st_size == 18, "its size")
     wait_until(lambda: not (here / "removed").exists() and (here / "made").exists(), "the names")
     assert sorted(os.listdir(here)) == sorted(os.listdir(there)) == ["changed", "made"]
+    wait_until(lambda: site.report()["counters"].get("client_leases_lapsed", 0) > 0, "it is counted")
 
 
 @pytest.mark.parametrize("kind", KINDS[:3])
