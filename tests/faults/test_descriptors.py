@@ -17,6 +17,9 @@ import pytest
 from daemons import Cluster, Daemon, require_fuse
 from servers import wait_until
 
+is_long = pytest.mark.skipif(
+    os.environ.get("FAULTS_WORKERS") != "all", reason="long: FAULTS_WORKERS=all (make test-faults)"
+)
 BOUND_S = 120.0
 LIMIT = 160
 """For each daemon; idle, none has more than 60 open."""
@@ -148,7 +151,9 @@ def test_a_flood_of_connections(small: SmallCluster, which: str) -> None:
     assert (small.mount / "before").read_text() == "before"
 
 
-@pytest.mark.parametrize("which", ["master", "worker", "mount"])
+@pytest.mark.parametrize(
+    "which", [pytest.param("master", marks=is_long), "worker", pytest.param("mount", marks=is_long)]
+)
 def test_no_descriptor_left_at_all(small: SmallCluster, which: str) -> None:
     """The limit is lowered to what is in use: whatever needs one more fails or waits, nothing breaks
     for good."""

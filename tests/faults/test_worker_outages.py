@@ -25,6 +25,9 @@ ENV = {
 }
 DIRTY = {**ENV, "ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
 """What is written stays on its worker until somebody asks for its upload."""
+is_long = pytest.mark.skipif(
+    os.environ.get("FAULTS_WORKERS") != "all", reason="long: FAULTS_WORKERS=all (make test-faults)"
+)
 BOUND_S = 60.0
 """Far more than any wait here may take; a hang is what is looked for."""
 
@@ -289,6 +292,7 @@ def test_a_reader_with_the_slab_of_a_dead_worker(cluster: Callable[..., Cluster]
     wait_until(lambda: read(path) == content("file"), "it is back")
 
 
+@is_long
 def test_a_copied_worker(cluster: Callable[..., Cluster]) -> None:
     """Two with one identity would take turns, each with what it has: the second is refused while the
     first lives, and may follow it."""
@@ -318,7 +322,7 @@ def test_a_copied_worker(cluster: Callable[..., Cluster]) -> None:
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root sees where a process waits")
-@pytest.mark.parametrize("how", ["dead", "paused"])
+@pytest.mark.parametrize("how", ["dead", pytest.param("paused", marks=is_long)])
 def test_a_program_that_waits_can_be_ended(cluster: Callable[..., Cluster], how: str) -> None:
     """However long the patience is: by Ctrl-C and by SIGKILL, while it reads, writes or closes."""
     site = cluster(env={**DIRTY, "ALLUXIOFUSE_CLIENT_PATIENCE_S": "1h"}, workers=1)
