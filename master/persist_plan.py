@@ -152,6 +152,9 @@ class Planner:
         uncertain = self._uncertain_above(mount_id, job.source) if job.source else 0
         if uncertain:
             return Blocked(uncertain)
+        if desired.startswith(job.source + b"/") and job.source and self._has_directories(mount_id):
+            # Into what has to be made at its own place: out of the way first.
+            return self._move_aside(ino) or Blocked(None)
         if job.kind is not Kind.ATTRS:
             blocked = self._target_blocked(ino, mount_id, desired, job)
             if blocked is not None:
@@ -211,6 +214,9 @@ class Planner:
         if entry.what & SYNC_ATTRS and capabilities.has_posix_attrs and record.is_in_ufs and desired:
             return job(Kind.ATTRS, at_target, is_dir=stat.S_ISDIR(record.mode))
         return job(Kind.SETTLE)
+
+    def _has_directories(self, mount_id: int) -> bool:
+        return self._mounts.capabilities(mount_id).has_directories
 
     def _target_blocked(self, ino: int, mount_id: int, path: bytes, job: Job) -> Blocked | None:
         """What has to leave `path` before something may be put there."""

@@ -42,6 +42,7 @@ UPLOADS_PER_PARALLEL = 4
 """Uploads of a mount handed to workers at once, for each of `persist_parallel`: they queue there."""
 KEYS_PER_ROUND = 1000
 """Entries looked at without a pause."""
+_RESOLVING = frozenset({Kind.RESOLVE_PUT, Kind.RESOLVE_RENAME})
 _NO_STORE_KINDS = {Kind.SETTLE, Kind.RESOLVE_PUT}
 """Jobs that do not ask the under storage."""
 REMOVALS_PER_JOB = 500
@@ -343,7 +344,8 @@ class Persister:
             if jobs[0].kind not in _NO_STORE_KINDS:
                 self._lanes.answered(jobs[0].mount_id)
             for job in jobs:
-                self._failures.forget(job.key)
+                if job.kind not in _RESOLVING:  # What failed and left this behind may well fail again.
+                    self._failures.forget(job.key)
         except AlluxioFuseError as exc:
             for job in jobs:
                 self._failed(job.key, job.mount_id if job is jobs[0] else 0, exc)

@@ -85,6 +85,19 @@ SCRIPTS: dict[str, list[Script]] = {
         a_tree,
         lambda w: [w.rename("d", "n"), w.mkdir("d"), w.write("d/f", b"other")],
     ],
+    "a directory into what is made at its old place": [
+        a_tree,
+        lambda w: [w.rename("d/e", "x"), w.mkdir("d/e"), w.rename("x", "d/e/b")],
+    ],
+    "a directory far into what is made at its old place": [
+        a_tree,
+        lambda w: [w.rename("d", "x"), w.mkdir("d"), w.mkdir("d/n"), w.rename("x", "d/n/o")],
+        lambda w: w.write("d/n/o/f", b"changed"),
+    ],
+    "a file into a directory made at its old place": [
+        a_tree,
+        lambda w: [w.rename("top", "x"), w.mkdir("top"), w.rename("x", "top/b")],
+    ],
     "rename a directory with removals and writes below": [
         a_tree,
         lambda w: [w.remove("d/f"), w.write("d/e/new", b"6"), w.write("d/e/g", b"7")],
