@@ -523,9 +523,13 @@ class Writing:
                 end = await self._sealer.seal(lock.slab)
                 lock.has_sealed = lock.has_sealed or end.is_sealed
                 outcome.append(WriteEnd(end.size, end.mtime_ns, lock.has_sealed))
+                if end.is_sealed and lock.id not in self._slabs.locks:
+                    self._slabs.report_orphan(lock.slab)  # Its client went meanwhile and heard nothing of it.
             except AlluxioFuseError as exc:
                 outcome.append(exc)
                 self._slabs.write_again(lock, 0)
+                if lock.id not in self._slabs.locks and self._nursery is not None:
+                    self._nursery.start_soon(self._seal_left, lock.slab)
             finally:
                 done.set()
 
@@ -536,6 +540,14 @@ class Writing:
         if isinstance(outcome[0], AlluxioFuseError):
             raise outcome[0]
         return outcome[0]
+
+    async def _seal_left(self, slab: Slab) -> None:
+        """What its last writer left without a seal."""
+        lock = self._slabs.lock(slab, 0)
+        try:
+            await self._sealer.seal_orphan(slab)
+        finally:
+            self._slabs.unlock(lock)
 
     # --- SyncContainer ----------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -14,7 +15,7 @@ import trio
 import trio.testing
 from worker_world import MB, World, eventually, pattern, running, trio_test
 
-from alluxiofuse.errors import FsError
+from alluxiofuse.errors import ConnectionLost, FsError
 from alluxiofuse.rpc.base import Answer, FileRange, Peer
 from alluxiofuse.rpc.filerange import read_range
 from alluxiofuse.rpc.inprocess import InProcess
@@ -149,6 +150,25 @@ async def test_a_seal_that_the_client_could_not_commit_is_reported(tmp_path: Pat
         await world.client.call(Detach([grant.lock_id], True))
         await eventually(lambda: bool(world.master.seals), "the seal is reported")
         assert (world.master.seals[0].container, world.master.seals[0].size) == (75, 19)
+
+
+@trio_test
+async def test_a_seal_whose_client_goes_meanwhile_is_reported(tmp_path: Path, pause: Pause) -> None:
+    async with running(tmp_path) as world, trio.open_nursery() as nursery:
+        other = InProcess(world.worker.service)
+        grant = (await other.exchange(BeginWrite(6, 76, 0, 0, None, 3 * MB, False))).result
+        await other.call(Write(grant.lock_id, 0), pattern(3 * MB))
+
+        async def end() -> None:
+            with contextlib.suppress(ConnectionLost):
+                await other.call(EndWrite(grant.lock_id, None))
+
+        nursery.start_soon(end)
+        await trio.to_thread.run_sync(pause.reached.wait, 20)
+        await other.aclose()
+        pause.go_on.set()
+        await eventually(lambda: bool(world.master.seals), "the seal is reported")
+        assert (world.master.seals[0].container, world.master.seals[0].size) == (76, 3 * MB)
 
 
 @trio_test
