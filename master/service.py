@@ -272,19 +272,19 @@ class MasterService(Service):
     # --- content ----------------------------------------------------------------------------------
 
     def _durably_begun(self, begin: Handler) -> Handler:
-        """Content that only a worker has is about to change there, under the new container's name. A
-        master that forgot that name with its machine would ask for the old one, and have the new one
-        dropped; so it is durable first."""
+        """Content is about to change at a worker in place, under the new container's name. A master that
+        forgot that name with its machine, or that the old content is in the under storage, would ask for
+        the old one, and have the new one dropped; so all that is durable first."""
 
         async def wait(answer: Layout | Awaitable[Layout]) -> Layout:
             layout = await answer if isinstance(answer, Awaitable) else answer
-            if layout.base_container and layout.source is None:
+            if layout.base_container:
                 await self._store.durability.wait()
             return layout
 
         def handle(peer: Peer, request: Any, payload: Buffer) -> Any:
             answer = begin(peer, request, payload)
-            if isinstance(answer, Layout) and (answer.source is not None or not answer.base_container):
+            if isinstance(answer, Layout) and not answer.base_container:
                 return answer
             return wait(answer)
 

@@ -64,6 +64,7 @@ class Slab:
         "is_gone",
         "is_kept",
         "is_moving",
+        "is_synced",
         "is_unnamed",
         "islands",
         "jobs",
@@ -119,6 +120,8 @@ class Slab:
         self.is_moving = False
         self.is_unnamed = False
         """Its file may have got its name since its folder was last synced."""
+        self.is_synced = False
+        """Sealed, and its bytes, name and record are known to be on the disk. False where it is not known."""
         self.is_kept = True
         """Bytes of it were durable once, here or in the under storage, and may not be lost when the
         power fails: they are synced before a seal says what they are, and the index before they

@@ -222,6 +222,7 @@ class Slabs(Accounts):
                 slab.zeros |= 1 << page
         slab.present |= mask
         slab.verified |= mask
+        slab.is_synced = False
         slab.reserved -= reserved_bytes
         if slab.page_count <= 1:
             slab.checksum = sums[0]
@@ -359,7 +360,7 @@ class Slabs(Accounts):
         self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
         self.writing.add(slab)
-        slab.is_unnamed = True
+        slab.is_unnamed, slab.is_synced = True, False
         slab.is_kept = slab.is_kept and slab.size > 0
         slab.source = None
         slab.free_mode = FREE_NO
@@ -450,6 +451,7 @@ class Slabs(Accounts):
             slab.checksum = checksum
         slab.size, slab.state = size, DIRTY
         self.writing.discard(slab)
+        slab.is_synced = slab.must_sync
         slab.present = slab.verified = slab.all_pages
         slab.zeros = (slab.zeros & kept) | zeros
         last = after - 1

@@ -206,6 +206,8 @@ class Writing:
         if old.is_gone or old.container != request.old_container:
             raise StaleError(f"container {request.old_container:x} is here no more")
         self._slabs.pin(old)
+        # The master may know that it is in the under storage before we are told.
+        old.is_kept = old.is_kept or request.source is not None
         try:
             while (granted := await self._ready(old, request)) is None:
                 if old.state == WRITING:
@@ -252,6 +254,18 @@ class Writing:
             return None
         if old.jobs:
             await self._fetcher.settle(old)
+            return None
+        if old.must_sync and not old.is_synced:
+            # Fetched, or uploaded before it was written back: what is lost here would count as changed.
+            fd = os.dup(self._fd(old))
+            try:
+                old.is_synced = True  # Unless it changes meanwhile.
+                await self._sealer.sync(old, fd)
+            except BaseException:
+                old.is_synced = False
+                raise
+            finally:
+                os.close(fd)
             return None
         granted = joined(0, old.present & ~old.zeros) if old.zeros else (old.size + request.reserve_bytes, 0)
         extra = writing_charge(*granted) - old.charged

@@ -17,6 +17,7 @@ from alluxiofuse.ufs.base import UnderStorage
 from alluxiofuse.wire.types import CancelPersistCommand, CleanCommand, FreeCommand
 from alluxiofuse.wire.worker_ops import (
     BeginWrite,
+    Detach,
     EndWrite,
     Read,
     Reserve,
@@ -307,6 +308,18 @@ async def test_free_keeps_dirty_when_told_so(tmp_path: Path) -> None:
         assert container in world.slabs.by_container
         world.master.send(FreeCommand([container], False))
         await eventually(lambda: container not in world.slabs.by_container, "it is freed")
+
+
+@trio_test
+async def test_what_lost_its_seal_is_not_taken_for_what_was_uploaded(tmp_path: Path) -> None:
+    """The master says of a container that is open here that its bytes are in the under storage."""
+    async with running(tmp_path, session_grace_s=0.01) as world:
+        grant, fd = await world.begin(77)
+        os.write(fd, b"perhaps torn")
+        os.close(fd)
+        world.master.send(CleanCommand([77]))
+        await world.client.call(Detach([grant.lock_id]))
+        await eventually(lambda: world.slabs.get(77) is None, "it is dropped")
 
 
 @trio_test
