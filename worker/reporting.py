@@ -43,7 +43,7 @@ from alluxiofuse.wire.types import (
     WorkerAddress,
 )
 from alluxiofuse.worker.layout import slab_path
-from alluxiofuse.worker.slab import CLEAN, DIRTY
+from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.uploads import Outcome, Uploads
 
@@ -352,7 +352,12 @@ class Reporter:
     def _clean(self, containers: list[int]) -> None:
         for container in containers:
             slab = self._slabs.get(container)
-            if slab is not None:
+            if slab is not None and slab.state == WRITING:
+                # It was sealed and uploaded once: the index lost that with the power, and what is in the
+                # file may be torn. The under storage has it whole.
+                self._slabs.counters["lost_seals"] += 1
+                self._slabs.free(slab, keep_dirty=False)
+            elif slab is not None:
                 self._slabs.mark_clean(slab)
 
     # --- outcomes of uploads ----------------------------------------------------------------------
