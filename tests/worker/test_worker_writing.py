@@ -70,6 +70,38 @@ async def test_write_through_the_worker_with_append(tmp_path: Path) -> None:
         assert again == end
 
 
+def test_what_was_durable_is_on_the_disk_before_it_changes_and_before_it_is_sealed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a power failure would leave a slab that counts as changed, with holes in it. The worker was
+    not told yet that its content was uploaded; the writer was."""
+    synced: list[tuple[int, list[int]]] = []
+    really = os.fdatasync
+
+    @trio_test
+    async def run() -> None:
+        async with running(tmp_path) as world:
+            data = pattern(2 * MB)
+            container, _ = await world.write_new(data)
+            assert synced == [], "a new file costs no sync"
+
+            def noted(fd: int) -> None:
+                synced.append((os.fstat(fd).st_size, sorted(world.slabs.by_container)))
+                really(fd)
+
+            monkeypatch.setattr(os, "fdatasync", noted)
+            grant, fd = await world.begin(12, container, len(data), world.ufs_file("a", data))
+            assert synced == [(len(data), [container])]
+            os.pwrite(fd, b"changed", 0)
+            os.close(fd)
+            await world.client.call(EndWrite(grant.lock_id, bitmap(0)))
+            assert synced[1:] == [(len(data), [12])]
+            await world.detach(grant.lock_id)
+            world.validate()
+
+    run()
+
+
 @trio_test
 async def test_changing_a_cached_file_keeps_the_slab_for_its_readers(tmp_path: Path) -> None:
     data = pattern(5 * MB)
