@@ -28,6 +28,9 @@ class FileHandle:
     file: OpenFile
     thread: int = 0
     """Who opened it; most likely who reads and writes it too, of which libfuse tells us nothing."""
+    kills_privileges: bool = False
+    """Writing by it takes set-user-id and the like away, and the kernel leaves that to us."""
+    is_written: bool = False
 
     @property
     def is_writable(self) -> bool:

@@ -36,6 +36,7 @@ STATFS_BLOCK_BYTES = 4096
 _FREE_INODES = 1 << 32
 _KIND = 0o170000
 """S_IFMT, of which a function call is worth sparing for each entry of a listing."""
+_CAPABILITIES = b"security.capability"
 _FIRST_ENTRY = 2
 """Directory positions: 0 the start, 1 behind `.`, 2 behind `..`, then one for each entry."""
 
@@ -346,10 +347,11 @@ class Operations(pyfuse3.Operations):
         return self._opened(ino, flags, file, ctx)
 
     def _opened(self, ino: int, flags: int, file: OpenFile, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
-        fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file, ctx.pid))
         # Through its page cache the kernel sends what crosses a page that it has not read in two writes,
         # and what another mount appends could come between.
         is_direct = file.is_append and file.is_writer and (not file.is_reader or self.maps_direct_io)
+        handle = FileHandle(ino, flags & REOPEN_FLAGS, file, ctx.pid, is_direct and ctx.uid != 0)
+        fh = self.files.add(handle)
         return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache, direct_io=is_direct)
 
     def _warn_kernel(self, attr: Attr, flags: int) -> None:
@@ -385,10 +387,30 @@ class Operations(pyfuse3.Operations):
             # A descriptor that can't be read can't have been mapped.
             is_mapped = file.is_reader and self.view.is_mapped_write(handle.ino, off)
         is_append = is_append and not is_mapped
+        if handle.kills_privileges:
+            await self._kill_privileges(handle)
         count = await file.write(off, buf, is_append=is_append)
         self.view.grown(handle.ino, off + count)
         self._changed(handle.ino)
         return count
+
+    async def _kill_privileges(self, handle: FileHandle) -> None:
+        """What file_remove_privs does in the kernel for writes that are not direct: set-user-id, set-group-id
+        of what the group may execute, and file capabilities go with the first byte of an ordinary user."""
+        ino, mode = handle.ino, stat.S_IMODE(handle.file.attr.mode)
+        killed = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+        if not handle.is_written:
+            names = self._xattrs.get(ino)
+            if _CAPABILITIES in (await self._xattr_names(ino) if names is None else names):
+                await self.fs.removexattr(SUPERUSER, ino, _CAPABILITIES)
+                self._xattrs_changed(ino)
+        handle.is_written = True
+        if killed == mode:
+            return
+        await self.fs.setattr(SUPERUSER, ino, mode=killed)
+        self._changed(ino)
+        if self._kernel is not None:
+            self._kernel.invalidate_inode(self.view.kernels(ino), True)
 
     @guarded
     async def flush(self, fh: int) -> None:
