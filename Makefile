@@ -36,9 +36,9 @@ run: $(VENV)/.installed-run
 	@exec $(BIN)/alluxiofuse local --ufs '$(UFS)' --mount '$(MOUNT)' --state '$(STATE)' --hints \
 		$(if $(S3_ENDPOINT),--option 'endpoint=$(S3_ENDPOINT)') $(RUN_ARGS)
 
-# All of them: three files at a time, since many tests wait for something to be noticed.
+# All of them: two files at a time, since many tests wait for something to be noticed.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),-n 3 --dist loadfile)
+	$(BIN)/python -m pytest $(if $(TEST_ARGS),$(TEST_ARGS),-n 2 --dist loadfile)
 
 # Kills, cut-offs and failing parts, for hours instead of a minute; FAULTS_KILLS=20 and so on for less.
 test-faults: $(VENV)/.installed-test
