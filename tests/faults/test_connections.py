@@ -193,7 +193,7 @@ def test_many_cuts_leave_nothing_over(relayed: Relayed) -> None:
     while not no_more(held := relayed.held(), before) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert no_more(held, before), held
-    assert relayed.site.report()["counters"]["sessions_resumed"] > 0
+    assert relayed.site.report()["counters"]["sessions_resumed"] > CUTS // 10
 
 
 @pytest.mark.parametrize("kind", [CUT, RESET])
