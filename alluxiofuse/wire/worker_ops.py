@@ -52,6 +52,9 @@ class Attached(Message):
     has_fd: bool
     is_durable: bool
     """The tier survives power loss (SSD, HDD; not MEM)."""
+    passes: bool = False
+    """The kernel may read by the descriptor: the worker finds out who has the slab open, also by mappings
+    that outlive all locks, before it takes pages away."""
 
 
 class Detach(Request[Nothing]):
@@ -111,6 +114,12 @@ class BeginWrite(Request["WriteGrant"]):
     reserve_bytes: U63
     """Room wanted beyond the present size."""
     want_fd: bool
+    passes: bool = False
+    """The kernel shall write by the descriptor, unknown to anybody, until this lock's EndWrite: see
+    docs/adr/0001-passthrough.md. `reserve_bytes` and the grant then mean nothing."""
+    is_emptying: bool = False
+    """`old_container` is not wanted any more. Where its slab is open (locked), that becomes `container`'s,
+    emptied, so that its readers see it; else the slab starts empty, as with old_container == 0."""
 
 
 class WriteGrant(Message):
@@ -120,6 +129,8 @@ class WriteGrant(Message):
     """The client may write below this offset; beyond it: `Reserve`."""
     has_fd: bool
     is_durable: bool
+    passes: bool = False
+    """The kernel may write by the descriptor. False: not asked for, or the tier can't take it; then as ever."""
 
 
 class Reserve(Request["Reserved"]):
@@ -175,6 +186,9 @@ class EndWrite(Request["WriteEnd"]):
     lock_id: Id
     dirty_pages: Annotated[bytes, Meta(max_length=1 << 24)] | None
     """Bitmap of pages this session changed."""
+    may_revert: bool = False
+    """Where nothing was changed since BeginWrite made this container from another one, that one is the
+    content again."""
 
 
 class WriteEnd(Message):
@@ -182,6 +196,10 @@ class WriteEnd(Message):
     mtime_ns: Ns
     """As of ContainerStat."""
     is_sealed: bool
+    """False: others write to it still, or have it mapped for writing. The worker tells the master when it
+    has sealed it after the last of these."""
+    is_reverted: bool = False
+    """The slab is `old_container`'s again, as if there had been no BeginWrite; not sealed then."""
 
 
 class StatContainer(Request["ContainerStat"]):
