@@ -353,6 +353,9 @@ class Open(Request["Opened"]):
     ino: Ino
     for_write: bool
     """Read-only mounts answer EROFS."""
+    passes_at: Id = 0
+    """The worker whose slabs the kernel of this session reads itself: while the inode is open, it is the
+    best home for it, also of what others write."""
 
 
 class Opened(Message):

@@ -130,7 +130,7 @@ class WriteGrant(Message):
     has_fd: bool
     is_durable: bool
     passes: bool = False
-    """The kernel may write by the descriptor. False: not asked for, or the tier can't take it; then as ever."""
+    """The kernel may write by the descriptor. False: not asked for, or the tier can't take it."""
 
 
 class Reserve(Request["Reserved"]):
