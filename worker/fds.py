@@ -2,9 +2,10 @@
 
 Who hands a descriptor to another thread, or to the transport beyond a handler's return, dups it.
 
-Each is opened with a shared flock(2). That belongs to the open file, and so to whoever was passed the
-descriptor too: a client that lost its connection, or a worker that died, leaves it to those who still
-read. So what is about to punch holes can ask whether somebody does, whom no lock of ours names.
+A client that lost its connection, or a worker that died, leaves descriptors to those who still read. What
+is about to punch holes asks the kernel whether somebody does, whom no lock of ours names (`openers`). On
+a filesystem that can't tell, each is opened with a shared flock(2): that belongs to the open file, and so
+to whoever was passed the descriptor too.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 from collections import OrderedDict
 
 from alluxiofuse import descriptors
+from alluxiofuse.worker import openers
 from alluxiofuse.worker.layout import slab_path
 from alluxiofuse.worker.slab import Slab
 
@@ -39,7 +41,7 @@ class Descriptors:
 
     def adopt(self, slab: Slab, fd: int) -> None:
         """`fd` is the read-write descriptor of a new slab; closed here later."""
-        _share(fd)
+        _share(slab, fd)
         self._open[slab] = [-1, fd]
         self._trim()
 
@@ -69,13 +71,16 @@ class Descriptors:
                     raise
                 self._give_up_half(slab)
                 pair[kind] = os.open(path, flags | os.O_CLOEXEC)
-            _share(pair[kind])
+            _share(slab, pair[kind])
         return pair[kind]
 
     def is_held_elsewhere(self, slab: Slab) -> bool:
-        """Somebody has a descriptor of a slab that has neither locks nor pins. OSError."""
+        """Somebody else has it open, though it has neither locks nor pins. OSError."""
         self.forget(slab)
-        fd = os.open(slab_path(slab.directory.root, slab.container), os.O_RDONLY | os.O_CLOEXEC)
+        path = slab_path(slab.directory.root, slab.container)
+        if slab.directory.takes_passthrough:
+            return openers.is_open(path)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -83,6 +88,11 @@ class Descriptors:
         finally:
             os.close(fd)
         return False
+
+    def is_written_elsewhere(self, slab: Slab) -> bool:
+        """Somebody else has it open, or mapped, for writing; where it takes passthrough. OSError."""
+        self.forget(slab)
+        return openers.is_written(slab_path(slab.directory.root, slab.container))
 
     def _give_up_half(self, kept: Slab) -> None:
         """There are no descriptors left: others may need them more."""
@@ -95,5 +105,6 @@ class Descriptors:
             self.forget(next(iter(self._open)))
 
 
-def _share(fd: int) -> None:
-    fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+def _share(slab: Slab, fd: int) -> None:
+    if not slab.directory.takes_passthrough:
+        fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -91,8 +91,11 @@ class Reading:
                 fds.append(pool.for_writing(slab) if lock.is_writer else pool.for_reading(slab))
             except OSError as exc:
                 raise storage_error(exc, slab.directory, self._slabs.counters) from None
-        durable = slab.directory.is_durable
-        return Answer(Attached(lock.id, slab.presence(), bool(fds), durable), fds=fds)
+        where = slab.directory
+        attached = Attached(
+            lock.id, slab.presence(), bool(fds), where.is_durable, passes=where.takes_passthrough
+        )
+        return Answer(attached, fds=fds)
 
     def detach(self, peer: Peer, request: Detach) -> Nothing:
         """Locks that have ended already are passed over. A writer that detaches without EndWrite is

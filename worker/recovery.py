@@ -16,7 +16,7 @@ from pathlib import Path
 from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
-from alluxiofuse.worker import layout
+from alluxiofuse.worker import layout, openers
 from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.checksums import data_pages, is_zero
 from alluxiofuse.worker.index import Index, SlabRecord
@@ -64,11 +64,11 @@ def open_storage(config: WorkerConfig) -> Opened:
                 if markers[root] is None:
                     index.sync()  # What the marker names is known here, whatever happens.
                 claims.add(root, marker)
-                directories.append(
-                    Directory(
-                        str(root), marker.directory_id, wanted.quota_bytes, tier, tier_config.is_durable
-                    )
+                directory = Directory(
+                    str(root), marker.directory_id, wanted.quota_bytes, tier, tier_config.is_durable
                 )
+                directory.takes_passthrough = _takes_passthrough(root)
+                directories.append(directory)
         return Opened(index, Tiers([tier.alias for tier in config.tiers], directories), claims)
     except BaseException:
         Opened(index, Tiers([], []), claims).close()
@@ -112,6 +112,13 @@ def _new_marker(index: Index, root: Path, *, is_durable: bool) -> Marker:
                     _forget(index, container, record)
             index.forget_directory(old)
     return Marker(index.worker_uuid, index.new_directory(str(root)))
+
+
+def _takes_passthrough(root: Path) -> bool:
+    trouble = openers.trouble_with(str(root))
+    if trouble:
+        log.info("tier directory %s takes no passthrough: %s", root, trouble)
+    return not trouble
 
 
 def _forget(index: Index, container: int, record: SlabRecord) -> None:

@@ -32,6 +32,8 @@ class Directory:
         """New files are written here: `Tiers` says so."""
         self.limit_bytes = quota_bytes
         """At most the quota; less while others fill the filesystem."""
+        self.takes_passthrough = False
+        """It can be told who has its files open (`openers`)."""
         self.trouble = ""
         """Why it is out of use; see `health`."""
         self.is_readable = True
