@@ -214,8 +214,14 @@ class SeaweedS3:
         command += [f"-{name}={port}" for name, port in self._ports.items()]
         atexit.register(self.close)
         with open(self.root / "log", "ab") as log:
+            # Ctrl-C is for who uses it; it is ended after them.
             self._process = subprocess.Popen(
-                command, cwd=self.root, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+                command,
+                cwd=self.root,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
 
     def _identities(self) -> dict[str, Any]:

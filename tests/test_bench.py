@@ -176,3 +176,13 @@ def test_it_waits_for_a_busy_daemon_no_longer_than_it_was_told() -> None:
             assert not daemons.wait_for_rest([running.pid], 1.2)
         finally:
             running.kill()
+
+
+def test_the_comparison_with_rivals_says_what_it_lacks() -> None:
+    script = BENCH.with_name("bench_rivals.py")
+    done = subprocess.run(
+        [sys.executable, str(script), "--redis", "/nonexistent"], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "root" in done.stderr or "there is no /nonexistent" in done.stderr
+    assert "Traceback" not in done.stderr
