@@ -258,18 +258,20 @@ class Content:
             self._unassign()  # Others may have written to it.
             return
         session, old = self.core.session, self.layout
-        await session.call(
-            ops.CommitContent(
-                session.id,
-                self.ino,
-                writing.container,
-                old.size,
-                self.attr.mtime_ns,
-                is_sealed=False,
-                is_abandoned=True,
-            ),
-            is_idempotent=True,
+        request = ops.CommitContent(
+            session.id,
+            self.ino,
+            writing.container,
+            old.size,
+            self.attr.mtime_ns,
+            is_sealed=False,
+            is_abandoned=True,
         )
+        try:
+            await session.call(request, is_idempotent=True)
+        except StaleError:
+            self._unassign()  # Others have joined us, ended it and gone on: there is nothing to give back.
+            return
         self.writing = None
         self.is_stale = True
         self.core.kernel_pages.written(self.ino, writing.container, old.container)

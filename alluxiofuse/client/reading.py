@@ -135,9 +135,16 @@ async def _read_own(file: OpenFile, content: Content, offset: int, size: int) ->
             return b""
         await content.begun(0)
         return await read(file, content, offset, size)
+    slab = writing.slab
     try:
         data = await writing.read(offset, size)
     except SealedMeanwhile:
+        return await read(file, content, offset, size)
+    except StaleError:
+        if not writing.has_left(slab):
+            raise
+        async with content.lock:
+            pass  # Until it is known where the bytes are now.
         return await read(file, content, offset, size)
     if 0 < len(data) < size and len(data) == MAX_IO_BYTES:  # Most that a remote worker gives at once.
         rest = await read(file, content, offset + len(data), size - len(data))
@@ -162,6 +169,8 @@ class _Attempts:
         self._excluded: set[int] = set()
         """Workers that failed in this round."""
         self._stale_count = 0
+        self._stale_container = 0
+        """Which the count is of."""
         self._error: AlluxioFuseError | None = None
         """Why a worker that answers could not give it."""
 
@@ -187,7 +196,7 @@ class _Attempts:
                     # Only a guess: those that have it are not known to the master (yet again).
                     await self._failed(worker_id, _NoHolder())
                 else:
-                    await self._stale(exc)
+                    await self._stale(layout, exc)
             except (ConnectionLost, UnavailableError) as exc:
                 await self._failed(worker_id, exc)
             except (ChecksumError, FsError) as exc:
@@ -208,9 +217,11 @@ class _Attempts:
         else:
             await interrupt.pause(_RETRY_S)
 
-    async def _stale(self, exc: StaleError) -> None:
-        layout = self._content.layout
+    async def _stale(self, layout: Layout, exc: StaleError) -> None:
         error: AlluxioFuseError = exc
+        if layout.container != self._stale_container and trio.current_time() < self._deadline:
+            # Another one each time: clients that write it take turns.
+            self._stale_container, self._stale_count = layout.container, 0
         if layout.source is None and not layout.home:
             # Nobody else can have it: a worker that came back without its slabs.
             error = UnavailableError(f"the only copy of the content is gone: {exc.message}")
@@ -259,6 +270,8 @@ class _Attempts:
     # --- one attempt --------------------------------------------------------------------------------
 
     async def _read_from(self, worker_id: int, layout: Layout, offset: int, size: int) -> Buffer | InSlab:
+        if self._content.writing is not None:  # This client has begun to write it meanwhile.
+            return await _read_own(self._file, self._content, offset, size)
         if layout.home:
             return await self._read_home(worker_id, layout, offset, size)
         length = min(size, layout.size - offset)
@@ -291,7 +304,7 @@ class _Attempts:
 
     async def _load_at(self, worker_id: int, layout: Layout, offset: int, length: int) -> None:
         """Through a lock, with or without a descriptor."""
-        if layout.home or layout.source is None or not layout.container:
+        if layout.home or layout.source is None or not layout.container or self._content.writing is not None:
             return
         if not worker_id:
             raise UnavailableError("no worker is running: there is no cache to load into")

@@ -176,6 +176,11 @@ class Writing:
                 return written_ns
         return time.time_ns()
 
+    def has_left(self, slab: Slab | None) -> bool:
+        """It ended, or is about to, since `slab` was what it is written by: other tasks do that while bytes
+        are read, and the worker may refuse them then."""
+        return self.is_ending or self.slab is not slab
+
     # --- begin and end ------------------------------------------------------------------------------
 
     async def begin(self, reserve_bytes: int, patience_s: float | None = None) -> None:
@@ -384,21 +389,34 @@ class Writing:
     # --- bytes --------------------------------------------------------------------------------------
 
     async def read(self, offset: int, length: int) -> Buffer:
-        """Short only at the end of the file."""
-        slab = self.slab
-        if slab is None:
-            return b""
-        if not slab.is_good:
-            slab = await self._good_slab()
-        if slab.fd >= 0:
-            return await slab.read(offset, length)
-        request = worker_ops.Read(
-            self._core.session.id, self.container, self._size, None, offset, min(length, MAX_IO_BYTES)
-        )
+        """Short only at the end of the file. StaleError: see `has_left`."""
+        lost: ConnectionLost | None = None
+        for _ in range(MAX_ATTEMPTS):
+            slab = self.slab
+            if slab is None:
+                raise StaleError("it was sealed meanwhile")
+            if not slab.is_good:
+                slab = await self._good_slab()
+            if slab.fd >= 0:
+                return await slab.read(offset, length)
+            try:
+                return await self._read_remote(slab, offset, min(length, MAX_IO_BYTES))
+            except ConnectionLost as exc:
+                lost = exc
+                slab.drop()
+        assert lost is not None
+        raise lost
+
+    async def _read_remote(self, slab: Slab, offset: int, length: int) -> Buffer:
+        request = worker_ops.Read(self._core.session.id, self.container, self._size, None, offset, length)
         answer = await slab.connection.exchange(request)
         answer.close_fds()
-        assert not isinstance(answer.payload, FileRange)  # Callers get buffers.
-        return answer.payload
+        data = answer.payload
+        assert not isinstance(data, FileRange)  # Callers get buffers.
+        if len(data) < length and self.has_left(slab):
+            # Once sealed it ends where we said, and others may have written behind that.
+            raise StaleError("it was sealed while it was read")
+        return data
 
     async def write(self, offset: int, data: Buffer, *, is_append: bool) -> int:
         """Only while `takes_writes`, and without an await since that was looked at. How many bytes;

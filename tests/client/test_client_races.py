@@ -10,6 +10,7 @@ import pytest
 import trio
 from client_world import IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, until
 
+from alluxiofuse.client import reading
 from alluxiofuse.client.writing import Writing
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.types import Attr
@@ -84,3 +85,99 @@ def test_renamed_between_the_masters_word_and_the_workers(kind: str, monkeypatch
             assert await two.get(b"g") == b"new bytes"
 
     in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_read_while_it_is_another_content_each_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the bytes are is out of date at every attempt, as often as the other writes."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            await one.put(b"f", b"0" * 1000)
+            file = await two.open(b"f")
+            read_sealed, numbers = reading._Attempts._read_sealed, iter(range(1, 15))
+
+            async def replaced_before(*arguments: Any) -> Any:
+                if (number := next(numbers, 0)) > 0:
+                    changed = await one.open(b"f", os.O_RDWR)
+                    await changed.write(0, b"%d" % (number % 10) * 1000)
+                    await one.close(changed)
+                return await read_sealed(*arguments)
+
+            monkeypatch.setattr(reading._Attempts, "_read_sealed", replaced_before)
+            assert bytes(await file.read(0, 2000)) == b"4" * 1000
+            await file.release()
+
+    in_world(kind, master={"persist_delay_s": 60.0})(test)
+
+
+def test_read_while_another_task_begins_to_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test(world: World) -> None:
+        async with world.client("one") as one:
+            await one.put(b"f", b"old bytes")
+            reader, writer = await one.open(b"f"), await one.open(b"f", os.O_RDWR)
+            read_sealed = reading._Attempts._read_sealed
+
+            async def written_before(*arguments: Any) -> Any:
+                monkeypatch.undo()
+                await writer.write(0, b"new")
+                return await read_sealed(*arguments)
+
+            monkeypatch.setattr(reading._Attempts, "_read_sealed", written_before)
+            assert bytes(await reader.read(0, 100)) == b"new bytes"
+            await one.close(writer)
+            await reader.release()
+
+    in_world(TCP, master={"persist_delay_s": 60.0})(test)
+
+
+@pytest.mark.parametrize("offset", [2, 4])
+def test_read_while_another_task_seals(offset: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What another client wrote behind our end is there too, whichever comes to the worker first."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            file = await one.create(b"f")
+            await file.write(0, b"ours")
+            joined = await two.open(b"f", os.O_RDWR)
+            await joined.write(4, b"theirs")
+            await two.close(joined)
+            read_remote = Writing._read_remote
+
+            async def sealed_before(*arguments: Any) -> Any:
+                monkeypatch.undo()
+                await file.flush()
+                return await read_remote(*arguments)
+
+            monkeypatch.setattr(Writing, "_read_remote", sealed_before)
+            assert bytes(await file.read(offset, 100)) == b"ourstheirs"[offset:]
+            await one.close(file)
+
+    in_world(TCP, master={"persist_delay_s": 60.0})(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_others_are_two_writings_further_when_one_begins(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The container that the master gave us was joined, written, sealed and changed again before the worker
+    heard of us."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            await one.put(b"f", b"old old old")
+            file = await one.open(b"f", os.O_RDWR)
+            begin = Writing.begin
+
+            async def overtaken(writing: Writing, *arguments: Any) -> None:
+                monkeypatch.undo()
+                for offset in (0, 4):
+                    other = await two.open(b"f", os.O_RDWR)
+                    await other.write(offset, b"two")
+                    await two.close(other)
+                await begin(writing, *arguments)
+
+            monkeypatch.setattr(Writing, "begin", overtaken)
+            await file.write(8, b"one")
+            await one.close(file)
+            assert await one.get(b"f") == await two.get(b"f") == b"two two one"
+
+    in_world(kind, master={"persist_delay_s": 60.0})(test)
