@@ -64,6 +64,10 @@ class SlabRecord(msgspec.Struct, array_like=True, gc=False):
     was: int = 0
     """Container id under which the slab's file may still be named: a crash between this record and
     the renaming of the file. 0: none."""
+    passes: bool = False
+    """While WRITING: kernels may be writing to it by themselves."""
+    is_emptied: bool = False
+    """While WRITING: what is in the file is of a container that is gone, and to be cut off first."""
 
 
 _record_decoder = decoder(SlabRecord)

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 
 import trio
 
+from alluxiofuse.errors import StaleError
 from alluxiofuse.rpc.base import Peer
 from alluxiofuse.worker.slab import DIRTY, WRITING, Lock, Slab
 from alluxiofuse.worker.slabs import Slabs
@@ -61,6 +62,20 @@ class Leases:
         """The lock belongs to this connection. What still comes by an earlier one was sent by a client
         that has given it up and asked again since."""
         return lock.peer != 0 and self._keys.get(id(peer)) == lock.peer
+
+    def require_bound(self, peer: Peer, lock: Lock) -> None:
+        """StaleError: it is not, see `is_bound`."""
+        if not self.is_bound(peer, lock):
+            self._slabs.counters["requests_refused"] += 1
+            raise StaleError(f"lock {lock.id} belongs to another connection by now")
+
+    def writer(self, peer: Peer, lock_id: int) -> Lock:
+        """The writer's lock of this connection. StaleError: it is none."""
+        lock = self._slabs.lock_of(lock_id)
+        self.require_bound(peer, lock)
+        if not lock.is_writer:
+            raise StaleError(f"lock {lock_id} is not writing: begin again")
+        return lock
 
     def release(self, lock: Lock, *, is_uncommitted: bool = False) -> None:
         """A reader's lock ends. `is_uncommitted`: the master was not told of its seal."""

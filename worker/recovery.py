@@ -178,6 +178,10 @@ def _load(slabs: Slabs) -> None:
             _forget(index, container, record)
             continue
         there.discard(container)
+        if record.is_emptied:
+            os.truncate(slab_path(directory.root, container), 0)
+            record.is_emptied = False
+            index.put(container, record)
         loaded.append(_slab(index, container, record, directory))
         accessed_s.append(record.accessed_s)
     for directory_id, left in files.items():
@@ -208,13 +212,13 @@ def _slab(index: Index, container: int, record: SlabRecord, directory: Directory
     if slab.zeros and os.stat(path).st_size == record.size:
         slab.verified = slab.zeros  # holes: there are no bytes that could have changed
     if record.state == WRITING:
-        _recover_writing(slab, path)
+        _recover_writing(slab, path, passes=record.passes and directory.takes_passthrough)
     elif record.state == DIRTY and slab.present != slab.all_pages:
         log.error("dirty container %x: pages are missing from the index", container)
     return slab
 
 
-def _recover_writing(slab: Slab, path: str) -> None:
+def _recover_writing(slab: Slab, path: str, *, passes: bool) -> None:
     """The file is the truth: what has data is charged and granted."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
@@ -223,6 +227,7 @@ def _recover_writing(slab: Slab, path: str) -> None:
     finally:
         os.close(fd)
     slab.dirty_pages = -1
+    slab.passes = passes
     if data == (1 << page_count(size)) - 1:
         slab.granted_end, slab.reserved = size, round_up(size)
     else:

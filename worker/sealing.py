@@ -20,6 +20,11 @@ log = logging.getLogger(__name__)
 RESEAL_S = 1.0
 MAX_RESEAL_S = 60.0
 """Before a seal that failed, and that nobody waits for, is tried again."""
+LET_GO_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05)
+"""When to look again whether a kernel, whose program has closed the file, has let go of it."""
+LOOK_S = 0.2
+MAX_LOOK_S = 1.0
+"""Between looks at what is open for writing: a mapping that may last."""
 _SEAL_ATTEMPTS = 5
 """Checksums are computed again when the file changed under them: a writer that did not keep to the
 rules. After so many times the last ones count."""
@@ -44,14 +49,17 @@ class Sealer:
         self._seals: dict[Slab, Sealing] = {}
 
     async def seal(self, slab: Slab) -> WriteEnd:
-        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals). One
-        at a time for a slab; by its descriptor, as the next writer may rename the file."""
+        """Checksums in a thread, then the seal, unless a writer came meanwhile (who then seals), or kernels
+        write to it. One at a time for a slab; by its descriptor, as the next writer may rename the file."""
         self._slabs.pin(slab)
         gate = self._seals.setdefault(slab, Sealing())
         gate.users += 1
         try:
             async with gate.lock:
-                fd = os.dup(self._slabs.fds.for_writing(slab))
+                if slab.passes and not slab.writers and self._slabs.fds.is_written_elsewhere(slab):
+                    found = os.stat(self._slabs.path(slab))
+                    return WriteEnd(found.st_size, found.st_mtime_ns, False)
+                fd = os.dup(self._slabs.fds.for_reading(slab))
                 try:
                     return await self._seal_by(slab, fd, gate)
                 finally:
@@ -71,7 +79,7 @@ class Sealer:
             unsealed = WriteEnd(found.st_size, found.st_mtime_ns, False)
             if slab.writers or slab.state != WRITING:
                 return unsealed
-            pages = self._slabs.pages_to_seal(slab, found.st_size)
+            pages = self._slabs.pages_to_seal(slab, found)
             if slab.must_sync:
                 # The master, told of the seal, forgets the content that this one was made from.
                 await self.sync(slab, fd)
@@ -85,12 +93,29 @@ class Sealer:
                 break
         if filled:
             gate.is_punching = True  # Who wants to write waits: it would be lost.
+            writable = os.dup(self._slabs.fds.for_writing(slab))
             try:
-                await trio.to_thread.run_sync(checksums.punch_pages, fd, filled, limiter=self._threads)
+                await trio.to_thread.run_sync(checksums.punch_pages, writable, filled, limiter=self._threads)
             finally:
+                os.close(writable)
                 gate.is_punching = False
         self._slabs.seal(slab, found.st_size, sums, zeros)
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
+
+    async def is_let_go(self, slab: Slab) -> bool:
+        """Nobody has it open for writing, or not any more after a moment. No await has happened since that
+        was found."""
+        for delay_s in (*LET_GO_S, 0.0):
+            if slab.writers or slab.state != WRITING:
+                return False
+            try:
+                if not self._slabs.fds.is_written_elsewhere(slab):
+                    return True
+            except OSError as exc:
+                raise storage_error(exc, slab.directory, self._slabs.counters) from None
+            if delay_s:
+                await trio.sleep(delay_s)
+        return False
 
     async def sync(self, slab: Slab, fd: int) -> None:
         """The slab's bytes, its name, and the index that says whose it is, in this order. OSError,
@@ -114,12 +139,15 @@ class Sealer:
 
     async def seal_orphan(self, slab: Slab) -> None:
         """Until it is sealed, or somebody else writes it. The caller holds a lock."""
-        delay_s = RESEAL_S
+        delay_s, look_s = RESEAL_S, LOOK_S
         while slab.state == WRITING and not slab.writers and not slab.is_gone:
             try:
                 if (await self.seal(slab)).is_sealed:
                     self._slabs.report_orphan(slab)
                     return
+                if slab.passes and not slab.writers:
+                    await trio.sleep(look_s)
+                    look_s = min(1.2 * look_s, MAX_LOOK_S)
             except AlluxioFuseError as exc:
                 log.error("container %x can't be sealed: %s", slab.container, exc.message)
                 await trio.sleep(delay_s)

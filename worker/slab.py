@@ -5,7 +5,7 @@ Sets of pages are ints used as bitmaps (bit i is page i): presence of a 1 GiB fi
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from alluxiofuse.ids import DEFAULT_BLOCK_BYTES, PAGE_BYTES, page_count, page_length
 from alluxiofuse.wire.types import BlockReport, UfsSource
@@ -47,10 +47,24 @@ def span(first: int, count: int) -> int:
     return ((1 << count) - 1) << first
 
 
+class Base(NamedTuple):
+    """What a slab was before it was opened for writing."""
+
+    container: int
+    state: int
+    is_kept: bool
+    is_synced: bool
+    source: UfsSource | None
+    mtime_ns: int
+    writes: int
+    """Writers that it had had."""
+
+
 class Slab:
     """What is known of one container's slab."""
 
     __slots__ = (
+        "base",
         "charged",
         "checksum",
         "container",
@@ -65,10 +79,13 @@ class Slab:
         "is_kept",
         "is_moving",
         "is_synced",
+        "is_touched",
         "is_unnamed",
         "islands",
         "jobs",
         "locks",
+        "must_empty",
+        "passes",
         "pins",
         "present",
         "reserved",
@@ -141,6 +158,15 @@ class Slab:
         are holes, which cost nothing."""
         self.dirty_pages = 0
         """While WRITING: pages that ended writers changed; -1: any."""
+        self.passes = False
+        """While WRITING: kernels were allowed to write to it by themselves. It is sealed when nobody has
+        it open for writing any more."""
+        self.is_touched = False
+        """While WRITING: it was changed, which its mtime does not say any more."""
+        self.must_empty = ""
+        """While WRITING: the file's name while what is in it is of an earlier container, to be cut off."""
+        self.base: Base | None = None
+        """While WRITING: the container that it was made from, whose content it is while unchanged."""
 
     @property
     def page_count(self) -> int:
@@ -216,11 +242,13 @@ class Lock:
         "append",
         "busy_count",
         "ended",
+        "has_reverted",
         "has_sealed",
         "id",
         "idle",
         "is_writer",
         "orphaned",
+        "passes",
         "peer",
         "session_id",
         "slab",
@@ -235,6 +263,8 @@ class Lock:
         self.ahead = ahead
         self.peer = 0
         """Key of the connection in `leases.Leases`; 0: none."""
+        self.passes = False
+        """Its session's kernel was allowed to write by itself: nobody knows which pages it changed."""
         self.append = (0, 0)
         """Number of the newest append through the worker, and where it went."""
         self.busy_count = 0
@@ -247,3 +277,5 @@ class Lock:
         """Container of which it was a writer until its EndWrite; 0: none, or it is one."""
         self.has_sealed = False
         """Its EndWrite sealed the slab; until it detaches the master may not know of it."""
+        self.has_reverted = False
+        """Its EndWrite found nothing changed, and the container of which it was a writer is no more."""

@@ -18,7 +18,7 @@ from worker_world import MB, TinyMaster, World, payload_of, running, trio_test
 from alluxiofuse.errors import NoSpaceError
 from alluxiofuse.wire.types import UfsSource
 from alluxiofuse.wire.worker_ops import EndWrite, Read, Reserve, Truncate, Write
-from alluxiofuse.worker import writing
+from alluxiofuse.worker import growth
 
 STEPS = 120
 
@@ -254,7 +254,7 @@ def shm() -> Iterator[Path]:
 
 @pytest.mark.parametrize("seed", range(int(os.environ.get("WORKER_MODEL_SEEDS", "4"))))
 def test_random_operations(tmp_path: Path, shm: Path, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(writing, "PATIENCE_S", 0.0)
+    monkeypatch.setattr(growth, "PATIENCE_S", 0.0)
 
     @trio_test
     async def run() -> None:

@@ -240,9 +240,19 @@ class World:
         return found
 
     async def begin(
-        self, container: int, old: int = 0, size: int = 0, source: UfsSource | None = None, reserve: int = 0
+        self,
+        container: int,
+        old: int = 0,
+        size: int = 0,
+        source: UfsSource | None = None,
+        reserve: int = 0,
+        *,
+        passes: bool = False,
+        is_emptying: bool = False,
     ) -> tuple[WriteGrant, int]:
-        request = BeginWrite(self.session_id, container, old, size, source, reserve, True)
+        request = BeginWrite(
+            self.session_id, container, old, size, source, reserve, True, passes, is_emptying
+        )
         answer = await self.client.exchange(request)
         return answer.result, answer.fds[0]
 
