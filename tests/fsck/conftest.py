@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from daemons import LocalDaemon
-from damages import build, copy
+from fsck_tree import build, copy
 
 from alluxiofuse.cli.cmd_fsck import fsck
 

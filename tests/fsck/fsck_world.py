@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import gc
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from daemons import LocalDaemon, run_cli
 
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store
 from alluxiofuse.worker.index import Index
+
+Opened = TypeVar("Opened", Store, Index)
 
 
 def fsck(*states: Path, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
@@ -48,26 +50,24 @@ def repair(*states: Path, arguments: tuple[str, ...] = ()) -> dict[str, Any]:
 
 
 @contextmanager
-def store_of(site: LocalDaemon) -> Iterator[Store]:
+def _opened(make: Callable[[], Opened]) -> Iterator[Opened]:
+    opened = make()
+    try:
+        yield opened
+    finally:
+        opened.close()
+        del opened
+        gc.collect()  # RocksDB's lock goes with the last reference
+
+
+def store_of(site: LocalDaemon) -> AbstractContextManager[Store]:
     """The metadata of a daemon that does not run."""
-    store = Store(site.state / "master" / "meta")
-    try:
-        yield store
-    finally:
-        store.close()
-        del store
-        gc.collect()
+    return _opened(lambda: Store(site.state / "master" / "meta"))
 
 
-@contextmanager
-def index_of(site: LocalDaemon) -> Iterator[Index]:
-    index = Index(site.state / "worker" / "index")
-    try:
-        yield index
-    finally:
-        index.close()
-        del index
-        gc.collect()
+def index_of(site: LocalDaemon) -> AbstractContextManager[Index]:
+    """The index of its worker."""
+    return _opened(lambda: Index(site.state / "worker" / "index"))
 
 
 def find(store: Store, path: str) -> int:

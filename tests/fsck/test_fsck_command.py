@@ -9,8 +9,10 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
-import damages as of
+import damages_log as of_log
+import damages_slabs as of_slabs
 from daemons import PROGRAM, Cluster, LocalDaemon, clean_environment, run_cli
+from fsck_tree import DIRTY_FILES, build, expected, tree_of
 from fsck_world import check_clean, damage_of, fsck, index_of, repair, store_of
 
 from alluxiofuse.ids import ROOT_INO
@@ -59,15 +61,15 @@ def test_a_newer_format_is_refused_or_left(local_daemon: Start) -> None:
 
 def test_text_and_what_is_not_ours(local_daemon: Start) -> None:
     site = local_daemon(env=NO_UPLOADS)
-    of.build(site)
+    build(site)
     site.kill()
     note = site.base / "ssd" / "slabs" / "00" / "README"
     note.write_text("a person's")
     done = run_cli("fsck", "--state", site.state)
     assert done.stdout.splitlines()[-1] == "clean"
     assert f"note: {note} is not ours: it is left alone\n" in done.stdout
-    of.entry_missing(site)
-    of.dirty_slab_missing(site)
+    of_log.entry_missing(site)
+    of_slabs.dirty_slab_missing(site)
     done = run_cli("fsck", "--state", site.state, check=False)
     assert done.returncode == 4
     assert "problem: /dirty.bin is not in the under storage, and would never get there\n" in done.stdout
@@ -86,7 +88,7 @@ def test_text_and_what_is_not_ours(local_daemon: Start) -> None:
 def test_an_index_that_is_gone(local_daemon: Start) -> None:
     """What only the worker had is found again in its tier directory."""
     site = local_daemon(env=NO_UPLOADS)
-    of.build(site)
+    build(site)
     site.kill()
     shutil.rmtree(site.state / "worker" / "index")
     tier = ("--tier", f"SSD:{site.base / 'ssd'}:1GB")
@@ -95,17 +97,17 @@ def test_an_index_that_is_gone(local_daemon: Start) -> None:
     assert "index-missing" in fsck(site.state, arguments=("--repair",))["left"], "no tier was named"
     assert not (site.state / "worker" / "index").exists()
     mended = repair(site.state, arguments=tier)
-    assert mended["mended"]["slab-unindexed"] == len(of.DIRTY_FILES)
-    assert of.tree_of(site) == of.expected()
+    assert mended["mended"]["slab-unindexed"] == len(DIRTY_FILES)
+    assert tree_of(site) == expected()
     site.daemon.start()
-    for name, data in of.DIRTY_FILES.items():
+    for name, data in DIRTY_FILES.items():
         assert (site.mount / name).read_bytes() == data
 
 
 def test_a_worker_of_another_master(local_daemon: Start) -> None:
     """Nothing of it is compared, dropped or given away."""
     site, other = local_daemon(env=NO_UPLOADS), local_daemon(env=NO_UPLOADS)
-    of.build(site)
+    build(site)
     (other.mount / "file").write_bytes(b"other")
     site.kill()
     other.kill()
@@ -117,7 +119,7 @@ def test_a_worker_of_another_master(local_daemon: Start) -> None:
     assert found["unchecked"]["files"] == 1
     assert sorted((site.base / "ssd" / "slabs").rglob("0*")) == slabs
     with index_of(site) as index:
-        assert sum(record.state == 1 for _, record in index.records()) == len(of.DIRTY_FILES)
+        assert sum(record.state == 1 for _, record in index.records()) == len(DIRTY_FILES)
 
 
 def test_daemons_apart(cluster: Callable[..., Cluster]) -> None:

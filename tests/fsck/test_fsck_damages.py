@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from daemons import LocalDaemon
-from damages import DAMAGES, Damage, container_of, expected, tree_of
+from damage import Damage, container_of
+from damages import DAMAGES
+from fsck_tree import expected, tree_of
 from fsck_world import damage_of, find, store_of
 
 Run = Callable[..., dict[str, Any]]

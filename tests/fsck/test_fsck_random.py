@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from daemons import LocalDaemon
-from damages import copy
+from fsck_tree import copy
 from fsck_world import index_of, store_of
 from rocksdict import WriteBatch
 

@@ -6,9 +6,13 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 
-import damages as of
+import damages_log as of_log
+import damages_slabs as of_slabs
+import damages_tree as of_tree
 import pytest
 from daemons import LocalDaemon
+from damage import container_of
+from fsck_tree import build, expected
 from fsck_world import check_clean, find, repair, store_of
 
 Start = Callable[..., LocalDaemon]
@@ -16,44 +20,48 @@ NO_UPLOADS = {"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
 
 GROUPS: dict[str, list[Callable[[LocalDaemon], None]]] = {
     "records": [
-        of.record_of_a_linked_dirty_file_damaged,
-        of.record_of_a_clean_file_missing,
-        of.name_missing,
-        of.entry_missing,
-        of.counters_too_small,
-        of.removal_of_a_file_that_is_there,
-        of.removal_of_a_renamed_file,
-        of.clean_slab_truncated,
-        of.page_table_of_a_dirty_slab_damaged,
-        of.attribute_of_nobody,
-        of.list_of_names_has_one_too_many,
-        of.record_of_a_dirty_directory_missing,
+        of_tree.record_of_a_linked_dirty_file_damaged,
+        of_tree.record_of_a_clean_file_missing,
+        of_tree.name_missing,
+        of_log.entry_missing,
+        of_log.counters_too_small,
+        of_log.removal_of_a_file_that_is_there,
+        of_log.removal_of_a_renamed_file,
+        of_slabs.clean_slab_truncated,
+        of_slabs.page_table_of_a_dirty_slab_damaged,
+        of_tree.attribute_of_nobody,
+        of_tree.list_of_names_has_one_too_many,
+        of_tree.record_of_a_dirty_directory_missing,
     ],
     "roots": [
-        of.root_missing,
-        of.record_of_a_directory_missing,
-        of.record_of_a_dirty_slab_missing,
-        of.record_of_a_dirty_slab_damaged,
-        of.marker_missing,
-        of.worker_unknown_to_the_master,
-        of.location_not_indexed,
-        of.intents,
-        of.container_not_indexed,
-        of.format_and_cluster_missing,
+        of_tree.root_missing,
+        of_tree.record_of_a_directory_missing,
+        of_slabs.record_of_a_dirty_slab_missing,
+        of_slabs.record_of_a_dirty_slab_damaged,
+        of_slabs.marker_missing,
+        of_slabs.worker_unknown_to_the_master,
+        of_log.location_not_indexed,
+        of_log.intents,
+        of_log.container_not_indexed,
+        of_log.format_and_cluster_missing,
     ],
-    "lost and found": [of.directory_and_its_name_missing, of.dirty_slab_of_nobody, of.name_taken_by_another],
+    "lost and found": [
+        of_tree.directory_and_its_name_missing,
+        of_slabs.dirty_slab_of_nobody,
+        of_tree.name_taken_by_another,
+    ],
 }
 
 
 @pytest.mark.parametrize("group", GROUPS)
 def test_the_daemon_goes_on(local_daemon: Start, group: str) -> None:
     site = local_daemon(env=NO_UPLOADS)
-    of.build(site)
+    build(site)
     site.kill()
-    wanted = of.expected()
+    wanted = expected()
     with store_of(site) as store:
         new, dirty = find(store, "new"), find(store, "dir/dirty")
-    binary = of.container_of(site, "dirty.bin")
+    binary = container_of(site, "dirty.bin")
     for damage in GROUPS[group]:
         damage(site)
     repair(site.state)
