@@ -33,24 +33,20 @@ def is_mount_root(tx: Reader, ino: int, record: InodeRecord) -> bool:
 
 def desired_path(tx: Reader, ino: int, record: InodeRecord) -> bytes | None:
     """Where the inode belongs below its mount, by its primary name; None for an orphan."""
-    names: list[bytes] = []
-    while ino != ROOT_INO:
-        parent = tx.inode(record.parent) if record.parent else None
-        if parent is None:
-            return None
-        if parent.mount_id != record.mount_id:
-            break
-        names.append(record.name)
-        ino, record = record.parent, parent
-    return b"/".join(reversed(names))
+    return _path_up(tx, ino, record, until_location=False)
 
 
 def location_path(tx: Reader, ino: int, record: InodeRecord) -> bytes | None:
     """Where the under storage has it (if it does: `is_in_ufs`), below its mount. None for an orphan
     of which the under storage has nothing."""
+    return _path_up(tx, ino, record, until_location=True)
+
+
+def _path_up(tx: Reader, ino: int, record: InodeRecord, *, until_location: bool) -> bytes | None:
+    """Names up to the mount's directory, or to a location on the way."""
     names: list[bytes] = []
     while ino != ROOT_INO:
-        if record.location is not None:
+        if until_location and record.location is not None:
             names.append(record.location)
             break
         parent = tx.inode(record.parent) if record.parent else None

@@ -24,6 +24,7 @@ from alluxiofuse.wire.types import PERSISTENCE_NAMES, Attr
 
 if TYPE_CHECKING:
     from alluxiofuse.client.paths import Paths
+    from alluxiofuse.rpc.base import Connection
 
 READ_BYTES = 4 << 20
 json_option = click.option("--json", "as_json", is_flag=True, help="For scripts.")
@@ -172,6 +173,15 @@ async def write_out(paths: Paths, path: bytes) -> None:
         await file.release()
 
 
+async def locate(master: Connection, wanted: list[bytes]) -> list[tuple[bytes, ops.LocationReport]]:
+    """What the master knows of each path."""
+    found = []
+    for path in wanted:
+        with about(path):
+            found.append((path, await master.call(ops.Locations(me(), path))))
+    return found
+
+
 @click.command("stat")
 @click.argument("targets", metavar="PATH...", nargs=-1, required=True)
 @json_option
@@ -181,12 +191,9 @@ def stat_command(context: FsContext, targets: tuple[str, ...], as_json: bool) ->
     wanted = [context.path(one) for one in targets]
 
     async def show() -> None:
-        found = []
         async with context.connection() as master:
-            for path in wanted:
-                with about(path):
-                    report = await master.call(ops.Locations(me(), path))
-                found.append(attr_json(path, report.attr) | location_json(report))
+            reports = await locate(master, wanted)
+        found = [attr_json(path, one.attr) | location_json(one) for path, one in reports]
         if as_json:
             say_json(found)
         else:
@@ -243,13 +250,10 @@ def location(context: FsContext, targets: tuple[str, ...], as_json: bool) -> Non
     wanted = [context.path(one) for one in targets]
 
     async def show() -> None:
-        found = []
         async with context.connection() as master:
-            for path in wanted:
-                with about(path):
-                    report = await master.call(ops.Locations(me(), path))
-                found.append({"path": os.fsdecode(path), **location_json(report)})
+            reports = await locate(master, wanted)
             workers = {one.address.worker_id: one for one in await master.call(ops.ListWorkers())}
+        found = [{"path": os.fsdecode(path), **location_json(one)} for path, one in reports]
         for one in found:
             for cached in one["cached"]:
                 worker = workers.get(cached["worker_id"])

@@ -93,19 +93,7 @@ def guarded(
     handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]],
 ) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
     """Of a handler that names things by (parent, name)."""
-    name = handler.__name__
-
-    @functools.wraps(handler)
-    async def call(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
-        serving.set(_thread_of(args))
-        try:
-            return await handler(self, *args, **kwargs)
-        except pyfuse3.FUSEError:
-            raise
-        except Exception as exc:
-            raise pyfuse3.FUSEError(errno_of(self.troubles, name, exc)) from None
-
-    return call
+    return _guarded(handler, lambda code: code)
 
 
 def guarded_by_inode(
@@ -114,6 +102,13 @@ def guarded_by_inode(
     """Of a handler that is given an inode: if that is gone, ESTALE makes the kernel look its path up
     again (path_openat and friends retry with LOOKUP_REVAL), while ENOENT would reach the program
     though the name exists."""
+    return _guarded(handler, lambda code: errno.ESTALE if code == errno.ENOENT else code)
+
+
+def _guarded(
+    handler: Callable[Concatenate[S, P], Coroutine[Any, Any, T]], told: Callable[[int], int]
+) -> Callable[Concatenate[S, P], Coroutine[Any, Any, T]]:
+    """`told`: errno of what went wrong -> errno for the kernel."""
     name = handler.__name__
 
     @functools.wraps(handler)
@@ -124,7 +119,6 @@ def guarded_by_inode(
         except pyfuse3.FUSEError:
             raise
         except Exception as exc:
-            code = errno_of(self.troubles, name, exc)
-            raise pyfuse3.FUSEError(errno.ESTALE if code == errno.ENOENT else code) from None
+            raise pyfuse3.FUSEError(told(errno_of(self.troubles, name, exc))) from None
 
     return call

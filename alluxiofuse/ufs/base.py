@@ -94,6 +94,16 @@ class PutCancelled(Exception):
     """Raised by `put` when `is_cancelled` said so; nothing of the new content is visible."""
 
 
+def stopping(is_cancelled: Callable[[], bool], what: str) -> Callable[[], None]:
+    """What `put` calls between parts: raises PutCancelled, of `what`, when it is not wanted any more."""
+
+    def go_on() -> None:
+        if is_cancelled():
+            raise PutCancelled(what)
+
+    return go_on
+
+
 class UnderStorage(ABC):
     scheme: str
     uri: str

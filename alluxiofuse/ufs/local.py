@@ -47,10 +47,10 @@ from alluxiofuse.ufs.base import (
     Buffer,
     Capabilities,
     ListPage,
-    PutCancelled,
     UfsAttrs,
     UfsEntry,
     UnderStorage,
+    stopping,
 )
 from alluxiofuse.ufs.beneath import O_DIR, O_LOOK, open_beneath, opened
 from alluxiofuse.ufs.file_copy import copy_range
@@ -198,11 +198,7 @@ class LocalUnderStorage(UnderStorage):
         is_cancelled: Callable[[], bool] = lambda: False,
     ) -> UfsEntry:
         check_new_path(path)
-
-        def go_on() -> None:
-            if is_cancelled():
-                raise PutCancelled(self._show(path))
-
+        go_on = stopping(is_cancelled, self._show(path))
         name = path.rpartition(b"/")[2]
         with self._making(path), self._open_parent(path) as parent:
             made, temp = create_temp(parent, name)

@@ -29,10 +29,10 @@ from alluxiofuse.ufs.base import (
     Buffer,
     Capabilities,
     ListPage,
-    PutCancelled,
     UfsAttrs,
     UfsEntry,
     UnderStorage,
+    stopping,
 )
 from alluxiofuse.ufs.paths import check_new_path, check_path, show
 from alluxiofuse.ufs.s3_client import S3Client, error_code, translate
@@ -168,11 +168,7 @@ class S3UnderStorage(UnderStorage):
     ) -> UfsEntry:
         """The mtime returned is that of `attrs`; a later `stat` has the time of the upload."""
         check_new_path(path)
-
-        def go_on() -> None:
-            if is_cancelled():
-                raise PutCancelled(self._what(path))
-
+        go_on = stopping(is_cancelled, self._what(path))
         etag = self._uploader.put(self._key(path), self._what(path), fd, size, go_on)
         return _file(path, etag, size, attrs.mtime_ns)
 

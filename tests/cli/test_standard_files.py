@@ -33,6 +33,13 @@ def until(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
+def check_works_and_ends(process: subprocess.Popen[bytes], mount: Path) -> None:
+    (mount / "x").write_text("x")
+    assert (mount / "x").read_text() == "x"
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 0
+
+
 def test_closed_standard_files(tmp_path: Path) -> None:
     """What is written to them goes nowhere, above all not into a file that got their numbers."""
     require_fuse()
@@ -41,10 +48,7 @@ def test_closed_standard_files(tmp_path: Path) -> None:
         until(lambda: bool(mount_lines(mount)))
         for number in range(3):
             assert os.readlink(f"/proc/{process.pid}/fd/{number}") == os.devnull
-        (mount / "x").write_text("x")
-        assert (mount / "x").read_text() == "x"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        check_works_and_ends(process, mount)
     finally:
         process.kill()
     assert mount_lines(mount) == []
@@ -68,10 +72,7 @@ def test_a_log_that_is_full(tmp_path: Path) -> None:
     process, mount = started(tmp_path, f">{tmp_path}/out 2>/dev/full")
     try:
         until(lambda: (tmp_path / "out").read_text().startswith("ready"))
-        (mount / "x").write_text("x")
-        assert (mount / "x").read_text() == "x"
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
+        check_works_and_ends(process, mount)
     finally:
         process.kill()
     assert mount_lines(mount) == []

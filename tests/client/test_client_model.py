@@ -162,6 +162,15 @@ def test_one_client(kind: str, seed: int) -> None:
     in_world(kind)(test)
 
 
+async def close_after_each_step(model: Model) -> None:
+    for _ in range(STEPS // 2):
+        await model.open()
+        await model.step()
+        while model.handles:
+            await model.close()
+    await model.check_all()
+
+
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("kind", [IN_PROCESS, UNIX])
 def test_reopened_after_each_step(kind: str, seed: int) -> None:
@@ -170,12 +179,7 @@ def test_reopened_after_each_step(kind: str, seed: int) -> None:
     async def test(world: World) -> None:
         async with world.client() as client:
             model = Model([client], random.Random(1000 + seed))
-            for _ in range(STEPS // 2):
-                await model.open()
-                await model.step()
-                while model.handles:
-                    await model.close()
-            await model.check_all()
+            await close_after_each_step(model)
 
     in_world(kind)(test)
 
@@ -188,12 +192,7 @@ def test_two_clients_closed_after_each_step(kind: str, seed: int) -> None:
     async def test(world: World) -> None:
         async with world.client("one") as one, world.client("two") as two:
             model = Model([one, two], random.Random(2000 + seed))
-            for _ in range(STEPS // 2):
-                await model.open()
-                await model.step()
-                while model.handles:
-                    await model.close()
-            await model.check_all()
+            await close_after_each_step(model)
 
     in_world(kind)(test)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import sqlite3
-import subprocess
 import sys
 import textwrap
 import threading
@@ -15,24 +15,10 @@ from pathlib import Path
 
 import pytest
 from daemons import LocalDaemon
+from trees import run as run_program
 
 TIMEOUT_S = 300
-
-
-def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    """Standard output; fails the test with the program's stderr."""
-    done = subprocess.run(
-        [str(word) for word in command],
-        cwd=cwd,
-        env={**os.environ, "LC_ALL": "C", **(env or {})},
-        capture_output=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
-    assert done.returncode == 0, (
-        f"{command}: exit code {done.returncode}\n{done.stderr.decode(errors='replace')}"
-    )
-    return os.fsdecode(done.stdout)
+run = functools.partial(run_program, timeout_s=TIMEOUT_S)
 
 
 def until(condition: Callable[[], bool], what: str) -> None:

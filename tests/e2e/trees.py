@@ -14,14 +14,19 @@ TIMEOUT_S = 180
 PACKAGES = ("json", "email", "asyncio", "encodings", "unittest")
 
 
-def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
+def run(
+    *command: str | Path,
+    cwd: Path | None = None,
+    env: dict[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> str:
     """Standard output; fails the test with the program's stderr."""
     done = subprocess.run(
         [str(word) for word in command],
         cwd=cwd,
         env={**os.environ, "LC_ALL": "C", **(env or {})},
         capture_output=True,
-        timeout=TIMEOUT_S,
+        timeout=timeout_s,
         check=False,
     )
     assert done.returncode == 0, (

@@ -267,6 +267,17 @@ def test_killed_at_a_request(bucket: Bucket) -> None:
 # --- a local directory --------------------------------------------------------------------------------------
 
 
+def check_restarted(site: LocalDaemon, top: Path, acknowledged: Tree, name: str) -> None:
+    """Killed and started again: the mount has what was acknowledged, and soon the under storage too."""
+    site.daemon.kill()
+    site.daemon.start()
+    assert tree_of(top) == acknowledged, name
+    wait_log_empty(site)
+    assert tree_of(top) == acknowledged, name
+    assert tree_of(site.ufs_dir / top.name) == acknowledged, name
+    assert list(site.ufs_dir.rglob(".alluxiofuse-*")) == [], name
+
+
 def test_killed_at_a_moment(local_daemon: Callable[..., LocalDaemon]) -> None:
     site = local_daemon(env={"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "0"})
     site.expects_clean_end = False
@@ -285,14 +296,7 @@ def test_killed_at_a_moment(local_daemon: Callable[..., LocalDaemon]) -> None:
         change(top)
         acknowledged = tree_of(top)
         time.sleep(delay_s)  # where in it the kill falls is chance
-        site.daemon.kill()
-        site.daemon.start()
-        assert tree_of(top) == acknowledged, name
-        wait_log_empty(site)
-        assert tree_of(top) == acknowledged, name
-        assert tree_of(site.ufs_dir / f"run{count}") == acknowledged, name
-        hidden = list(site.ufs_dir.rglob(".alluxiofuse-*"))
-        assert hidden == [], name
+        check_restarted(site, top, acknowledged, name)
 
 
 TRACED = "rename,renameat,renameat2,unlink,unlinkat,rmdir,mkdir,mkdirat,symlinkat,ftruncate,fsync,linkat"
@@ -362,12 +366,6 @@ def test_killed_at_a_system_call(local_daemon: Callable[..., LocalDaemon]) -> No
             assert tree_of(site.ufs_dir / f"run{count}") == tree_of(top), name
             continue
         died += not site.daemon.is_running or processes_of(site.daemon.pid) != before
-        site.daemon.kill()
-        site.daemon.start()
-        assert tree_of(top) == acknowledged, name
-        wait_log_empty(site)
-        assert tree_of(top) == acknowledged, name
-        assert tree_of(site.ufs_dir / f"run{count}") == acknowledged, name
-        assert list(site.ufs_dir.rglob(".alluxiofuse-*")) == [], name
+        check_restarted(site, top, acknowledged, name)
     print(f"{died} died of {rounds}")
     assert died

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import trio
-from worker_world import MB, eventually, pattern, payload_of, running, trio_test
+from worker_world import MB, World, eventually, pattern, payload_of, running, trio_test
 
 from alluxiofuse.errors import BadRequestError, FsError, NoSpaceError, StaleError
 from alluxiofuse.rpc.inprocess import InProcess
@@ -236,25 +236,6 @@ async def test_persist_then_clean(tmp_path: Path) -> None:
         assert world.master.done[1].error_code == "stale"
 
 
-@trio_test
-async def test_outcome_is_delivered_after_the_master_was_away(tmp_path: Path) -> None:
-    data = pattern(1000)
-    gate = Gated.gate
-    gate.clear()
-    Gated.entered.clear()
-    async with running(tmp_path, open_ufs=open_gated) as world:
-        container, _ = await world.write_new(data)
-        world.persist(container, len(data), b"out")
-        await eventually(Gated.entered.is_set, "it began")
-        world.master.is_down = True
-        gate.set()
-        await eventually(lambda: world.slabs.by_container[container].upload is None, "it ended")
-        world.master.expire()
-        world.master.is_down = False
-        await eventually(lambda: bool(world.master.done), "the outcome arrives")
-        assert container in world.master.blocks
-
-
 class Gated:
     """A local directory whose puts wait for `gate` first."""
 
@@ -277,16 +258,36 @@ def open_gated(uri: str, options: dict[str, str]) -> UnderStorage:
     return Gated(uri, options)  # type: ignore[return-value]
 
 
+async def persist_held_up(world: World, container: int, size: int) -> threading.Event:
+    """The worker is told to upload it, has begun, and goes on when the event that this gives is set."""
+    Gated.gate.clear()
+    Gated.entered.clear()
+    world.persist(container, size, b"out")
+    await eventually(Gated.entered.is_set, "it began")
+    return Gated.gate
+
+
+@trio_test
+async def test_outcome_is_delivered_after_the_master_was_away(tmp_path: Path) -> None:
+    data = pattern(1000)
+    async with running(tmp_path, open_ufs=open_gated) as world:
+        container, _ = await world.write_new(data)
+        gate = await persist_held_up(world, container, len(data))
+        world.master.is_down = True
+        gate.set()
+        await eventually(lambda: world.slabs.by_container[container].upload is None, "it ended")
+        world.master.expire()
+        world.master.is_down = False
+        await eventually(lambda: bool(world.master.done), "the outcome arrives")
+        assert container in world.master.blocks
+
+
 @trio_test
 async def test_writing_again_stops_the_upload_and_never_mixes(tmp_path: Path) -> None:
     data = pattern(2 * MB)
-    gate = Gated.gate
-    gate.clear()
-    Gated.entered.clear()
     async with running(tmp_path, open_ufs=open_gated) as world:
         container, _ = await world.write_new(data)
-        world.persist(container, len(data), b"out")
-        await eventually(Gated.entered.is_set, "it began")
+        gate = await persist_held_up(world, container, len(data))
         grants = []
 
         async def begin_again() -> None:
@@ -308,16 +309,12 @@ async def test_writing_again_stops_the_upload_and_never_mixes(tmp_path: Path) ->
 
 @trio_test
 async def test_upload_is_cancelled_by_command_and_by_free(tmp_path: Path) -> None:
-    gate = Gated.gate
     async with running(tmp_path, open_ufs=open_gated) as world:
         container = 0
         for number in range(2):
-            gate.clear()
-            Gated.entered.clear()
             container, _ = await world.write_new(pattern(100))
-            world.persist(container, 100, b"out")
+            gate = await persist_held_up(world, container, 100)
             slab = world.slabs.by_container[container]
-            await eventually(Gated.entered.is_set, "it began")
             upload = slab.upload
             assert upload is not None
             world.master.send(FreeCommand([container], False) if number else CancelPersistCommand(1))
