@@ -17,32 +17,23 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from alluxiofuse.errors import AlluxioFuseError, StateError, UserError
+from alluxiofuse.errors import AlluxioFuseError, StateError
 from alluxiofuse.findings import CantMend, Findings, Mend
 from alluxiofuse.ids import PAGE_BYTES, page_count
 from alluxiofuse.units import format_size
 from alluxiofuse.wire.codec import decode, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker import layout
+from alluxiofuse.worker.fsck_places import Place, Places
 from alluxiofuse.worker.fsck_slab import Looked, look, reindex
 from alluxiofuse.worker.index import FORMAT, Index, SlabRecord, u64
-from alluxiofuse.worker.layout import Marker, slab_path
+from alluxiofuse.worker.layout import slab_path
 from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING
 
 MAX_KEPT = 100_000
 """Of each kind of thing that one run remembers."""
 LOST_AND_FOUND = "lost+found"
 """In a tier directory: files that a repair took out of the way."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """A tier directory that is there."""
-
-    directory_id: int
-    root: str
-    quota_bytes: int
-    """0: unknown."""
 
 
 @dataclass(slots=True)
@@ -87,10 +78,9 @@ class WorkerCheck:
         self.findings = findings
         self._verify = False
         self._advance = advance
-        self._tiers = tiers
-        self.places: dict[int, Place] = {}
-        self._absent: dict[int, str] = {}
-        """Directory id -> path, of directories that are not there."""
+        found = Places(self.uuid, index.directories(), tiers, findings)
+        self.places = found.there
+        self._absent = found.absent
         self.unrecorded: dict[int, str] = {}
         """Container -> root of the directory, of slab files without a record."""
         self._used: dict[int, int] = {}
@@ -98,7 +88,6 @@ class WorkerCheck:
         """Containers whose slab is in another directory than the index says."""
         self._renaming: set[tuple[int, int]] | None = None
         """(directory id, `SlabRecord.was`) of what is open for writing; None: not asked for yet."""
-        self._find_places()
 
     @property
     def uuid(self) -> str:
@@ -117,52 +106,6 @@ class WorkerCheck:
     def accept(self, cluster_id: str) -> Mend:
         """Go on with the state of the master as it is now."""
         return lambda: self.index.see_state(StateMark(cluster_id))
-
-    # --- directories ------------------------------------------------------------------------------
-
-    def _find_places(self) -> None:
-        quotas = {os.path.abspath(path): quota for path, quota in self._tiers}
-        known = {path: number for number, path in self.index.directories().items()}
-        for path in (*known, *(path for path in quotas if path not in known)):
-            self._find_place(path, known.get(path, 0), quotas.get(path, 0))
-
-    def _find_place(self, path: str, known_id: int, quota: int) -> None:
-        try:
-            marker = layout.read_marker(Path(path))
-        except UserError as exc:
-            if not known_id:
-                raise
-            self._marker_is_damaged(path, known_id, exc.message)
-            if (Path(path) / "slabs").is_dir():
-                self.places[known_id] = Place(known_id, path, quota)
-            else:
-                self._absent[known_id] = path
-            return
-        if marker is None:
-            if known_id:
-                self._absent[known_id] = path
-            return
-        if marker.worker_uuid != self.uuid and self.uuid:
-            if known_id and path not in {os.path.abspath(one) for one, _ in self._tiers}:
-                self._absent[known_id] = path  # its place was taken by another worker
-                return
-            raise UserError(f"{path} belongs to a worker with another state directory: name that one")
-        self.places[marker.directory_id] = Place(marker.directory_id, path, quota)
-        self._absent.pop(marker.directory_id, None)
-        if known_id and marker.directory_id != known_id:
-            self._absent.setdefault(known_id, path)
-
-    def _marker_is_damaged(self, path: str, directory_id: int, reason: str) -> None:
-        def change() -> None:
-            if not (Path(path) / "slabs").is_dir():
-                raise CantMend(f"{path} holds no slabs: is its disk mounted?")
-            fd = os.open(f"{path}/{layout.MARKER}", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                layout.write_marker(fd, Marker(self.uuid, directory_id))
-            finally:
-                os.close(fd)
-
-        self.findings.problem("marker-damaged", reason.partition(":")[0] + ": made again", change)
 
     # --- the index itself -------------------------------------------------------------------------
 
