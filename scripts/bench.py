@@ -6,7 +6,7 @@ hits all alike; shown are medians and the ratio to the first directory. "cold" m
 kernel's caches were dropped (as root; else only the page cache of the files concerned), not the
 cache of the filesystem under test. What is read from the large file is compared, byte by byte,
 outside the time that counts. Everything is made in a new directory inside each DIR and removed at
-the end, also after Ctrl-C.
+the end, also after Ctrl-C, which shows what was measured until then.
 """
 
 from __future__ import annotations
@@ -54,6 +54,20 @@ class Bench:
                     progress(f"round {number + 1}/{rounds}: {name} in {place.label}")
                     self._measure(WORKLOADS[name], place, results)
         progress("")
+
+    def show(self, is_json: bool) -> None:
+        """On standard output; nothing before anything was measured."""
+        if not any(rounds for per_place in self.results.values() for rounds in per_place):
+            return
+        if is_json:
+            print(json.dumps(as_json(self._places, WORKLOADS, self.results), indent=1))
+            return
+        print(as_text(self._places, WORKLOADS, self.results))
+        for place in self._places:
+            for note in sorted(place.notes):
+                print(f"{place.label}: {note}")
+        if not os.access(DROP_CACHES, os.W_OK):
+            print("not root: only page caches were dropped for the cold rows")
 
     def _measure(self, workload: Workload, place: Place, results: list[float]) -> None:
         if workload.needs_pid and place.pid is None:
@@ -209,16 +223,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with made_places(arguments) as places:
             bench = Bench(places, arguments.names, arguments.rest, arguments.settle)
-            bench.run(arguments.rounds)
-            if arguments.json:
-                print(json.dumps(as_json(places, WORKLOADS, bench.results), indent=1))
-            else:
-                print(as_text(places, WORKLOADS, bench.results))
-                for place in places:
-                    for note in sorted(place.notes):
-                        print(f"{place.label}: {note}")
-                if not os.access(DROP_CACHES, os.W_OK):
-                    print("not root: only page caches were dropped for the cold rows")
+            try:
+                bench.run(arguments.rounds)
+            finally:  # interrupted after hours, it shows what it has
+                bench.show(arguments.json)
     except KeyboardInterrupt:
         return 130
     except OSError as error:

@@ -14,8 +14,9 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
+import bench as bench_script
 from benchmark import daemons, large
-from benchmark.place import CHUNK_BYTES, Place, WrongBytesError
+from benchmark.place import CHUNK_BYTES, Place, Workload, WrongBytesError
 
 BENCH = Path(__file__).resolve().parent.parent / "scripts/bench.py"
 QUICK = ["--size", "2M", "--files", "40", "--tree", "20", "--rounds", "2", "--seconds", "0.01"]
@@ -100,6 +101,24 @@ def test_interrupted_it_removes_what_it_made(tmp_path: Path, number: signal.Sign
     assert (running.returncode, out, said) == (130, b"", b"")
     assert list(tmp_path.iterdir()) == []
     assert not any(Path(f"/proc/{pid}").exists() for pid in readers)
+
+
+def test_interrupted_it_shows_what_it_has(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(place: Place) -> float:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(bench_script.WORKLOADS, "rename", Workload("rename", "ops/s", interrupted))
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        assert bench_script.main([*QUICK, "--only", "create,rename", str(tmp_path)]) == 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    created, renamed = capsys.readouterr().out.splitlines()[2:4]
+    assert created.split()[-1].replace(",", "").isdigit()
+    assert renamed.split()[-1] == "-"
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_wrong_byte_is_noticed(tmp_path: Path) -> None:
