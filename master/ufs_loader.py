@@ -1,13 +1,13 @@
 """Loading metadata from under storages on first use, and comparing it again when it is old.
 
-The asynchronous shell around `ufs_compare`: decides what must be asked, asks in threads, once at a
-time for each directory or name. Owned by the master's thread; nothing durable is kept here.
+`ufs_freshness` decides what must be asked, this asks it in threads, once at a time for each directory or
+name, and `ufs_compare` takes in what the answers say. Owned by the master's thread; nothing durable is
+kept here.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import stat
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
@@ -22,24 +22,16 @@ from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_log import PersistLog
-from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.master.ufs_compare import Comparer, Dropper, Publisher, TreeHooks
+from alluxiofuse.master.ufs_freshness import PAGE_ENTRIES, Freshness, remember
 from alluxiofuse.ufs.base import ListPage, UfsEntry, UnderStorage
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 
-PAGE_ENTRIES = 1000
-MIN_ASKS = 8
-LOCAL_ENTRIES_PER_ASK = 10
-"""Asking for a name costs as much as listing and comparing this many, at least, in a store with
-directories (measured: 0.4 ms for one, 20 us for each of many)."""
 ENTRIES_PER_COMMIT = 1000
-MAX_ABSENT = 100_000
-FOREVER_S = 3600.0
-"""cache_s where metadata is never compared again."""
 UNREACHABLE_S = 2.0
 """After a failed comparison what is known is served without asking, for this long."""
 KNOWN_PATIENCE_S = 5.0
@@ -48,11 +40,6 @@ FIRST_PATIENCE_S = 60.0
 """The same where nothing is known yet."""
 SILENT_S = 30.0
 """As `UNREACHABLE_S`, after one that was given up: the next one is likely to take as long."""
-COMPARE_SHARE = 10
-"""A directory whose comparison took a while is compared again after so many times that at the earliest,
-so that at most a tenth of the time goes into it however large it is."""
-MAX_COMPARED_S = 300.0
-"""But no later than this."""
 _MAX_MOVES = 10
 
 
@@ -60,7 +47,7 @@ class _SilentStore(UfsUnavailableError):
     pass
 
 
-class UfsLoader:
+class UfsLoader(Freshness):
     def __init__(
         self,
         store: Store,
@@ -72,136 +59,15 @@ class UfsLoader:
         clock: Clock,
         block_bytes: int = DEFAULT_BLOCK_BYTES,
     ) -> None:
-        self._store = store
-        self._mounts = mounts
+        super().__init__(store, mounts, clock)
         self._recent = persist_log.recent
-        self._clock = clock
         self._comparer = Comparer(store, mounts, persist_log, tree, events, workers, clock, block_bytes)
         self._flights: dict[tuple[int, bytes | None], trio.Event] = {}
         """What is being asked now: (directory, name), or (inode, None)."""
-        self._absent: OrderedDict[tuple[int, bytes], int] = OrderedDict()
-        """Names that the store did not have, and when (wall clock)."""
         self._partial: OrderedDict[int, None] = OrderedDict()
         """Directories too large to be loaded by a lookup: single names are asked for."""
-        self._compared: OrderedDict[int, tuple[int, float]] = OrderedDict()
-        """Of directories: when a whole listing was begun (wall clock), and for how long all entries count
-        as compared with it."""
-        self._asked: OrderedDict[int, tuple[int, int]] = OrderedDict()
-        """Of directories: how many names the last listing had, how many were asked for since."""
-        self._unreachable_until_s: dict[int, float] = {}
         self.failed_count = 0
         """Comparisons that failed and were answered from what is known."""
-
-    # --- what must be asked (synchronous, cheap) --------------------------------------------------
-
-    def needs_child(self, parent: int, parent_record: InodeRecord, name: bytes, child: int | None) -> bool:
-        """Before a lookup of `name` is answered: `load_child`?"""
-        interval_s = self._mounts.sync_interval_s(parent_record.mount_id)
-        if child is not None:
-            if interval_s < 0:
-                return False
-            record = self._store.inode(child)
-            return record is not None and self.needs_refresh(child, record)
-        if not parent_record.is_in_ufs and parent != ROOT_INO and parent_record.is_loaded:
-            return False
-        if parent_record.is_loaded:
-            if interval_s < 0 or self._is_fresh(parent_record.listed_at_ns, interval_s):
-                return False
-            if self._is_unreachable(parent_record.mount_id):
-                return False
-            if self._listed_left_s(parent) > 0:
-                return False
-        absent_ns = self._absent.get((parent, name))
-        if absent_ns is None:
-            return True
-        return interval_s >= 0 and not self._is_fresh(absent_ns, interval_s)
-
-    def needs_children(self, ino: int, record: InodeRecord) -> bool:
-        """Before a listing is answered: `load_children`?"""
-        if not record.is_loaded:
-            return True
-        interval_s = self._mounts.sync_interval_s(record.mount_id)
-        if interval_s < 0 or self._listed_left_s(ino) > 0:
-            return False
-        if not record.is_in_ufs and not places.is_mount_root(self._store, ino, record):
-            return False
-        return not self._is_unreachable(record.mount_id) and not self._is_moving(ino, record)
-
-    def needs_refresh(self, ino: int, record: InodeRecord) -> bool:
-        """Before attributes are answered: `refresh`?"""
-        interval_s = self._mounts.sync_interval_s(record.mount_id)
-        if interval_s < 0 or self._is_fresh(record.checked_at_ns, interval_s):
-            return False
-        if self._listed_left_s(record.parent) > 0:
-            return False
-        if not record.is_in_ufs or not record.parent or record.is_local_only or record.home:
-            return False
-        if ino == ROOT_INO or self._is_unreachable(record.mount_id):
-            return False
-        if stat.S_ISDIR(record.mode):
-            if not self._mounts.capabilities(record.mount_id).has_directories:
-                return False
-            if places.is_mount_root(self._store, ino, record):
-                return False
-        return self._store.get("persist", b"s" + u64(ino)) is None
-
-    def cache_s(self, record: InodeRecord) -> float:
-        """For how long attributes may be cached without asking again."""
-        interval_s = self._mounts.sync_interval_s(record.mount_id)
-        if interval_s < 0:
-            return FOREVER_S
-        if interval_s == 0 or not is_clean(record):
-            return interval_s
-        left_s = max(self._listed_left_s(record.parent), self._own_left_s(record, interval_s))
-        if left_s <= 0 and (stat.S_ISDIR(record.mode) or not record.checked_at_ns):
-            # Roots, and directories that wait in the persist log, are not compared; whoever asks for
-            # a name below compares that. Without this every path through them would ask again.
-            return interval_s
-        return max(0.0, left_s)
-
-    def listed_cache_s(self, directory: int, record: InodeRecord) -> Callable[[InodeRecord], float]:
-        """`cache_s` for the entries of one page of a listing, at once."""
-        left_s, mount_id = self._listed_left_s(directory), record.mount_id
-        if left_s <= 0:
-            return self.cache_s
-
-        def cache_s(child: InodeRecord) -> float:
-            if child.parent == directory and child.mount_id == mount_id and is_clean(child):
-                return left_s
-            return self.cache_s(child)
-
-        return cache_s
-
-    def _listed_left_s(self, directory: int) -> float:
-        """For how long the entries of a directory still count as compared, by a whole listing; that they
-        were found as they were is noted once, not in thousands of records. 0: they do not."""
-        at_ns, valid_s = self._compared.get(directory, (0, 0.0))
-        return max(0.0, valid_s - self._age_s(at_ns)) if valid_s else 0.0
-
-    def _own_left_s(self, record: InodeRecord, interval_s: float) -> float:
-        """The same of an inode that was compared by itself."""
-        if not record.checked_at_ns:
-            return 0.0
-        return max(0.0, interval_s - self._age_s(record.checked_at_ns))
-
-    def _is_fresh(self, at_ns: int, interval_s: float) -> bool:
-        return self._age_s(at_ns) < interval_s
-
-    def _age_s(self, at_ns: int) -> float:
-        """How long ago by the wall clock, as notes of it outlive this process. What lies in the future was
-        noted before the clock was set back: infinitely long ago."""
-        age_ns = self._clock.now_ns() - at_ns
-        return age_ns / 1e9 if age_ns >= 0 else math.inf
-
-    def _is_unreachable(self, mount_id: int) -> bool:
-        """It rests; or what it says could not be written down."""
-        if self._store.is_failed:
-            return True
-        return self._clock.monotonic() < self._unreachable_until_s.get(mount_id, 0.0)
-
-    def _is_moving(self, ino: int, record: InodeRecord) -> bool:
-        """It, or a directory above, has not been moved in the store yet: compared after that."""
-        return record.location is not None or places.moving_ancestor(self._store, record) != 0
 
     # --- asking -----------------------------------------------------------------------------------
 
@@ -225,22 +91,6 @@ class UfsLoader:
         async with self._flight(parent, name) as is_mine:
             if is_mine:
                 await self._ask_name(parent, name)
-
-    def _is_listing_cheaper(self, parent: int, mount_id: int) -> bool:
-        """Many single names were asked for since the last listing: one listing then answers for all
-        names until the interval is over. What is asked in vain costs at most as much again."""
-        known_count, asked_count = self._asked.get(parent, (0, 0))
-        _remember(self._asked, parent, (known_count, asked_count + 1))
-        has_directories = self._mounts.capabilities(mount_id).has_directories
-        entries_per_ask = LOCAL_ENTRIES_PER_ASK if has_directories else PAGE_ENTRIES // 2
-        return asked_count >= MIN_ASKS + known_count // entries_per_ask
-
-    def _is_comparison_cheaper(self, record: InodeRecord) -> bool:
-        interval_s = self._mounts.sync_interval_s(record.mount_id)
-        above = self._store.inode(record.parent) if record.parent else None
-        if interval_s <= 0 or above is None or not above.is_loaded or above.mount_id != record.mount_id:
-            return False
-        return self._is_listing_cheaper(record.parent, record.mount_id)
 
     async def load_children(self, ino: int) -> None:
         """Afterwards all names are known and all entries compared, and `is_loaded` is set. UfsError
@@ -359,7 +209,7 @@ class UfsLoader:
             fingerprint = seen_now.fingerprint
             is_same = bool(fingerprint) and fingerprint == record.listing_fingerprint
             if record.is_loaded and is_same and names_only:
-                _remember(self._asked, ino, (self._asked.get(ino, (0, 0))[0], 0))
+                self._note_same(ino)
                 self._set_loaded(ino, fingerprint)
                 return True
         began_ns, began_s = self._clock.now_ns(), self._clock.monotonic()
@@ -374,10 +224,10 @@ class UfsLoader:
             if next_token is None:
                 break
             if pages is not None and len(seen) >= pages * PAGE_ENTRIES:
-                _remember(self._partial, ino, None)
+                remember(self._partial, ino, None)
                 return True
         self._vanish_unseen(ino, base, seen, token)
-        _remember(self._asked, ino, (len(seen), 0))
+        self._note_listed(ino, len(seen))
         self._note_compared(ino, record.mount_id, began_ns, self._clock.monotonic() - began_s)
         self._set_loaded(ino, fingerprint)
         return True
@@ -392,13 +242,6 @@ class UfsLoader:
                 return False
             self._comparer.apply(ino, base, entries[start : start + ENTRIES_PER_COMMIT], token)
         return True
-
-    def _note_compared(self, ino: int, mount_id: int, began_ns: int, cost_s: float) -> None:
-        """All entries, by a listing. Where metadata is compared always or never, nothing is noted."""
-        interval_s = self._mounts.sync_interval_s(mount_id)
-        if interval_s > 0:
-            valid_s = max(interval_s, min(MAX_COMPARED_S, COMPARE_SHARE * cost_s))
-            _remember(self._compared, ino, (began_ns, valid_s))
 
     def _vanish_unseen(self, ino: int, base: bytes, seen: set[bytes], token: int) -> None:
         unseen: list[bytes] = []
@@ -453,16 +296,10 @@ class UfsLoader:
             tx.commit()
         self._partial.pop(ino, None)
 
-    def _note_absent(self, parent: int, name: bytes) -> None:
-        self._absent.pop((parent, name), None)
-        self._absent[parent, name] = self._clock.now_ns()
-        if len(self._absent) > MAX_ABSENT:
-            self._absent.popitem(last=False)
-
     def _failed(self, mount_id: int, exc: UfsError) -> None:
         self.failed_count += 1
         pause_s = SILENT_S if isinstance(exc, _SilentStore) else UNREACHABLE_S
-        self._unreachable_until_s[mount_id] = self._clock.monotonic() + pause_s
+        self._note_unreachable(mount_id, pause_s)
         log.warning("comparing with mount %d failed: %s", mount_id, exc.message or exc.code)
 
     async def _ask(self, mount_id: int, work: Callable[[UnderStorage], T], *, is_known: bool) -> T:
@@ -493,13 +330,6 @@ class UfsLoader:
 
 def _lister(base: bytes, token: str | None) -> Callable[[UnderStorage], ListPage]:
     return lambda storage: storage.list(base, token, PAGE_ENTRIES)
-
-
-def _remember(known: OrderedDict[int, T], ino: int, value: T) -> None:
-    known.pop(ino, None)
-    known[ino] = value
-    if len(known) > MAX_ABSENT:
-        known.popitem(last=False)
 
 
 __all__ = ["UfsLoader"]

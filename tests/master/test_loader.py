@@ -17,7 +17,7 @@ from persist_world import World
 
 from alluxiofuse.errors import UfsUnavailableError
 from alluxiofuse.ids import ROOT_INO
-from alluxiofuse.master import ufs_loader
+from alluxiofuse.master import ufs_freshness, ufs_loader
 from alluxiofuse.ufs.base import UfsAttrs
 from alluxiofuse.wire.types import EVENT_DATA, EVENT_ENTRY
 
@@ -193,7 +193,7 @@ def test_ten_thousand_entries(local_place: Place, tmp_path: Path) -> None:
         assert names == [f"f{number:05}" for number in range(10_000)]
         assert world.record("big").is_loaded
         (big / "f00003").unlink()
-        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)  # what comparing them took decides when it is due again
+        time.pass_s(ufs_freshness.MAX_COMPARED_S + 1)  # what comparing them took decides when it is due again
         assert len(await listing(world, "big")) == 9_999
 
     both(test, local_place, tmp_path)
@@ -391,7 +391,7 @@ def test_what_takes_long_to_compare_is_compared_less_often(local_place: Place, t
         seen = calls.list_count
         outside(world, "d/b", b"1", tmp)
         cost_s = 4.0 * seen  # with the first page that a lookup asked for
-        time.pass_s(ufs_loader.COMPARE_SHARE * 4.0 - cost_s - 1)
+        time.pass_s(ufs_freshness.COMPARE_SHARE * 4.0 - cost_s - 1)
         assert await listing(world, "d") == ["a"]
         assert await look(world, "d/b") is None
         assert await look(world, "d/a") is not None
@@ -416,14 +416,14 @@ def test_asking_for_all_names_one_by_one_becomes_a_listing(local_place: Place, t
         for number in range(300):
             outside(world, f"d/{number:03}", b"x", tmp)
         assert len(await listing(world, "d")) == 300
-        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)
+        time.pass_s(ufs_freshness.MAX_COMPARED_S + 1)
         calls = Calls(world, time)
         for number in range(300):
             assert await look(world, f"d/{number:03}") is not None
         assert calls.list_count == 1
-        assert calls.stat_count < 3 * (ufs_loader.MIN_ASKS + 300 // ufs_loader.LOCAL_ENTRIES_PER_ASK)
+        assert calls.stat_count < 3 * (ufs_freshness.MIN_ASKS + 300 // ufs_freshness.LOCAL_ENTRIES_PER_ASK)
         world.storage.delete(b"d/007")
-        time.pass_s(ufs_loader.MAX_COMPARED_S + 1)
+        time.pass_s(ufs_freshness.MAX_COMPARED_S + 1)
         assert await look(world, "d/007") is None
 
     both(test, local_place, tmp_path)
