@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from alluxiofuse.master.containers import inode_of_container
+from alluxiofuse.master.persist_queue import MAX_KEYS
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store
 from alluxiofuse.wire.master_ops import PersistDone
 from alluxiofuse.wire.types import PersistCommand
+
+CANCEL_PATIENCE_S = 10.0
+"""How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
 
 
 @dataclass(slots=True)
@@ -25,6 +30,31 @@ class Upload:
     worker_id: int
     sent_at_s: float
     is_cancelled: bool = False
+
+
+class EndedTasks:
+    """Uploads that surely write no more, though it is not known what they wrote; and those of an earlier
+    life of the master that were told to stop."""
+
+    def __init__(self) -> None:
+        self._ended: OrderedDict[int, None] = OrderedDict()
+        """The newest last; MAX_KEYS at most."""
+        self._until_s: dict[int, float] = {}
+        """Told to stop: how long the worker has to answer."""
+
+    def __contains__(self, task_id: int) -> bool:
+        return task_id in self._ended
+
+    def add(self, task_id: int) -> None:
+        self._ended[task_id] = None
+        self._until_s.pop(task_id, None)
+        if len(self._ended) > MAX_KEYS:
+            self._ended.popitem(last=False)
+
+    def stopping(self, task_id: int, now: float) -> tuple[bool, float]:
+        """Whether it was told to stop before, and until when its answer is waited for."""
+        is_told = task_id in self._until_s
+        return is_told, self._until_s.setdefault(task_id, now + CANCEL_PATIENCE_S)
 
 
 def command_of(upload: Upload, record: InodeRecord) -> PersistCommand:

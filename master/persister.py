@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import math
-from collections import OrderedDict
 from collections.abc import Callable
 
 import trio
@@ -21,14 +19,16 @@ from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_failures import MAX_RETRY_S, Failure, Failures
+from alluxiofuse.master.persist_intake import Intake
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
 from alluxiofuse.master.persist_lanes import Lanes
 from alluxiofuse.master.persist_log import Key, PersistLog
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
-from alluxiofuse.master.persist_uploads import Upload, command_of, earlier_upload
-from alluxiofuse.master.records import INTENT_RENAME, INTENT_UPLOAD, IntentRecord
-from alluxiofuse.master.store import Store, decode_record, u64
+from alluxiofuse.master.persist_removals import more_removals
+from alluxiofuse.master.persist_uploads import EndedTasks, Upload, command_of, earlier_upload
+from alluxiofuse.master.records import INTENT_UPLOAD, IntentRecord
+from alluxiofuse.master.store import Store
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.ufs.base import UfsEntry
 from alluxiofuse.ufs.paths import show
@@ -45,14 +45,12 @@ KEYS_PER_ROUND = 1000
 _RESOLVING = frozenset({Kind.RESOLVE_PUT, Kind.RESOLVE_RENAME})
 _NO_STORE_KINDS = {Kind.SETTLE, Kind.RESOLVE_PUT}
 """Jobs that do not ask the under storage."""
-REMOVALS_PER_JOB = 500
 ROUND_S = 0.01
 """Least time between two looks at what is due."""
 BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
-CANCEL_PATIENCE_S = 10.0
-WORKER_PATIENCE_S = 10.0  # after a start: its worker may be starting too
-"""How long a worker has to answer the cancelling of an upload from an earlier life of the master."""
+WORKER_PATIENCE_S = 10.0
+"""After a start: the worker that has the bytes may be starting too."""
 
 
 class Persister:
@@ -79,6 +77,7 @@ class Persister:
         self._at = at
         self._locks = PathLocks()
         self._queue = ReadyQueue()
+        self._intake = Intake(store, persist_log, self._queue, self._locks, config.persist_delay_s)
         self._planner = Planner(store, mounts, persist_log, self._locks)
         self._jobs = JobRunner(store, mounts, persist_log, loader, clock.now_ns, at)
         self._lanes = Lanes(config.persist_parallel, config.persist_parallel * UPLOADS_PER_PARALLEL)
@@ -86,17 +85,13 @@ class Persister:
         self._uploads: dict[int, Upload] = {}
         self._upload_of: dict[int, int] = {}
         """Inode -> task id."""
-        self._ended_tasks: OrderedDict[int, None] = OrderedDict()
-        """Tasks that surely write no more, though it is not known what they wrote; newest last."""
-        self._cancel_until_s: dict[int, float] = {}
-        """Tasks of an earlier life that were told to stop."""
+        self._ended_tasks = EndedTasks()
         self._no_worker: dict[int, None] = {}
         """Inodes whose bytes are at no worker that is alive."""
         self._failures = Failures(first_retry_s)
         self._waiters: dict[int, trio.Event] = {}
         self._wake = trio.Event()
         self._hurried: set[Key] = set()
-        self._scan_after: bytes | None = None
         persist_log.on_wake(self._woken)
         workers.on_ready.append(self._worker_ready)
         workers.on_lost.append(self._worker_lost)
@@ -107,7 +102,7 @@ class Persister:
         """The end of an upload. Late, duplicate or unknown ones are harmless."""
         upload = self._uploads.get(request.task_id) or earlier_upload(self._store, request)
         if upload is None or upload.container != request.container:
-            self._ended(request.task_id)
+            self._ended_tasks.add(request.task_id)
             return NOTHING
         if not request.error_code:
             self._at("before upload commit")
@@ -202,7 +197,7 @@ class Persister:
     async def run(self) -> None:
         """Until cancelled. A job that is in a thread then is waited for, and not committed."""
         async with trio.open_nursery() as nursery:
-            self._resolve_renames_first()
+            self._intake.resolve_renames_first()
             while True:
                 self._wake = trio.Event()
                 self._round(nursery)
@@ -218,7 +213,7 @@ class Persister:
         if self._store.is_failed:
             return
         try:
-            self._take_in()
+            self._intake.take_in(self._clock.monotonic(), self._hurried)
             self._start_due(nursery)
         except StateError:
             self._log.is_overflowed = True  # the entry that was being looked at is found by scanning
@@ -231,40 +226,6 @@ class Persister:
         most_s = 1.0 if self._uploads else 60.0
         dues = (self._queue.next_due_s, self._lanes.next_due_s(now))
         return min([most_s, *(max(0.001, due - now) for due in dues if due is not None)])
-
-    def _resolve_renames_first(self) -> None:
-        """Renames that a kill interrupted: first of all, so that locations can be relied on."""
-        for _, value in self._store.scan("persist", b"i"):
-            intent = decode_record(value, IntentRecord, "an entry of the persist log")
-            if intent.kind == INTENT_RENAME:
-                self._queue.put(intent.ino, -math.inf)
-
-    def _take_in(self) -> None:
-        """New entries, from the log's memory or by scanning the store."""
-        now = self._clock.monotonic()
-        for key in self._log.take_touched():
-            if not self._queue.put(key, now + self._config.persist_delay_s):
-                self._log.is_overflowed = True
-        while self._hurried:
-            self._queue.put(self._hurried.pop(), now)
-        if self._queue.has_dropped:
-            self._queue.has_dropped, self._log.is_overflowed = False, True
-        if self._log.is_overflowed and len(self._queue) < MAX_KEYS // 2:
-            self._scan(now)
-
-    def _scan(self, now: float) -> None:
-        """Go on through the store where the last scan stopped; around once, all has been seen."""
-        for key, _ in self._store.scan("persist", b"", self._scan_after):
-            found = _key_of(key)
-            if found is None or (isinstance(found, int) and self._locks.is_held(found)):
-                continue
-            if len(self._queue) >= MAX_KEYS - 1:
-                return
-            self._scan_after = key
-            self._queue.advance(found, now + self._config.persist_delay_s)
-        if self._scan_after is None or len(self._queue) < MAX_KEYS // 2:
-            self._log.is_overflowed = False
-        self._scan_after = None
 
     def _start_due(self, nursery: trio.Nursery) -> None:
         now = self._clock.monotonic()
@@ -327,7 +288,10 @@ class Persister:
             return
         jobs = [job]
         if job.kind is Kind.REMOVE:
-            jobs += self._more_removals(job)
+            rested_ns = int(self._config.persist_delay_s * 1e9)
+            jobs += more_removals(
+                self._store, self._planner, self._failures, job, self._clock.now_ns(), rested_ns
+            )
         for one in jobs:
             self._queue.discard(one.key)
             self._locks.hold(one.key, one.locks)
@@ -366,28 +330,6 @@ class Persister:
             if waiter is not None:
                 waiter.set()
         self._wake.set()
-
-    def _more_removals(self, first: Job) -> list[Job]:
-        """Removals of the same kind that follow in the store and can be done with this one."""
-        found: list[Job] = []
-        now_ns = self._clock.now_ns()
-        rested = now_ns - int(self._config.persist_delay_s * 1e9)
-        looked = 0
-        tx = self._store.transaction()
-        for path, _ in self._store.scan("persist", b"r" + u64(first.mount_id), first.target):
-            looked += 1
-            if len(found) >= REMOVALS_PER_JOB or looked > 2 * REMOVALS_PER_JOB:
-                break
-            entry = tx.remove_entry(first.mount_id, path)
-            key = (first.mount_id, path)
-            if entry is None or rested < entry.queued_at_ns <= now_ns or entry.is_dir != first.is_dir:
-                continue
-            if key in self._failures:
-                continue
-            plan = self._planner.plan(key)
-            if isinstance(plan, Job) and plan.kind is Kind.REMOVE:
-                found.append(plan)
-        return found
 
     # --- uploads ----------------------------------------------------------------------------------
 
@@ -438,7 +380,7 @@ class Persister:
         return holders[0] if holders else 0
 
     def _end_upload(self, upload: Upload, retry_s: float | None) -> None:
-        self._ended(upload.task_id)
+        self._ended_tasks.add(upload.task_id)
         known = self._uploads.pop(upload.task_id, None)
         if known is None:
             self._queue.advance(upload.ino, self._clock.monotonic())
@@ -450,26 +392,19 @@ class Persister:
             self._failures.forget(upload.ino)
         self._finished(upload.ino, retry_s)
 
-    def _ended(self, task_id: int) -> None:
-        self._ended_tasks[task_id] = None
-        self._cancel_until_s.pop(task_id, None)
-        if len(self._ended_tasks) > MAX_KEYS:
-            self._ended_tasks.popitem(last=False)
-
     def _is_over(self, job: Job, now: float) -> bool:
         """Whether an upload of unknown end surely writes no more; if not, it is told to stop, and the
         entry is looked at again."""
         intent = job.intent
         if intent is None or intent.kind != INTENT_UPLOAD or intent.task_id in self._ended_tasks:
             return True
-        until = self._cancel_until_s.get(intent.task_id)
-        if until is None:
-            until = self._cancel_until_s[intent.task_id] = now + CANCEL_PATIENCE_S
+        is_told, until_s = self._ended_tasks.stopping(intent.task_id, now)
+        if not is_told:
             self._workers.send(intent.worker_id, CancelPersistCommand(intent.task_id))
-        if now >= until:
-            self._ended(intent.task_id)
+        if now >= until_s:
+            self._ended_tasks.add(intent.task_id)
             return True
-        self._queue.put(job.key, min(until, now + 1.0))
+        self._queue.put(job.key, min(until_s, now + 1.0))
         return False
 
     def _watch_uploads(self) -> None:
@@ -534,15 +469,6 @@ class Persister:
             return f"removal of {show(key[1])}"
         record = self._store.inode(key)
         return f"inode {key}" if record is None else show(places.namespace_path(self._store, key, record))
-
-
-def _key_of(raw: bytes) -> Key | None:
-    """The entry that a key of the `persist` family belongs to."""
-    if raw[:1] == b"s":
-        return int.from_bytes(raw[1:9], "big")
-    if raw[:1] == b"r":
-        return int.from_bytes(raw[1:9], "big"), raw[9:]
-    return None
 
 
 Plan = Job | Blocked | Waits | None
