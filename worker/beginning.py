@@ -16,7 +16,7 @@ from alluxiofuse.worker.accounts import joined, writing_charge
 from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.growth import MIN_GRANT_BYTES, Growth
 from alluxiofuse.worker.leases import Leases
-from alluxiofuse.worker.passing import may_pass
+from alluxiofuse.worker.passing import Passing
 from alluxiofuse.worker.room import Room, storage_error, trouble_of
 from alluxiofuse.worker.sealing import Sealer
 from alluxiofuse.worker.slab import DIRTY, MAX_SLAB_BYTES, WRITING, Lock, Slab, round_up
@@ -45,6 +45,7 @@ class Beginning:
         fetcher: Fetcher,
         sealer: Sealer,
         leases: Leases,
+        passing: Passing,
         threads: trio.CapacityLimiter,
     ) -> None:
         self._slabs = slabs
@@ -53,6 +54,7 @@ class Beginning:
         self._fetcher = fetcher
         self._sealer = sealer
         self._leases = leases
+        self._passing = passing
         self._threads = threads
         self._gates: dict[int, trio.Lock] = {}
         """Container -> BeginWrites that take time."""
@@ -290,7 +292,7 @@ class Beginning:
     def _grant(self, peer: Peer, request: BeginWrite, slab: Slab) -> Answer[WriteGrant]:
         lock = self._writer_of(slab, request.session_id)
         self._leases.bind(peer, lock)
-        passes = request.passes and may_pass(slab) and self._slabs.let_pass(slab)
+        passes = request.passes and self._passing.begin(slab)
         lock.passes = lock.passes or passes
         fd = self._growth.fd(slab)
         fds = [fd] if request.want_fd and peer.can_pass_fds else []

@@ -8,9 +8,10 @@ import os
 import trio
 
 from alluxiofuse.errors import FsError
-from alluxiofuse.ids import PAGE_BYTES, pages_of
+from alluxiofuse.ids import PAGE_BYTES, page_count, pages_of
 from alluxiofuse.wire.worker_ops import Reserve, Reserved
 from alluxiofuse.worker.accounts import joined, writing_charge
+from alluxiofuse.worker.checksums import data_pages
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Slab, round_up, span
 from alluxiofuse.worker.slabs import Slabs
@@ -26,6 +27,12 @@ PATIENCE_S = 60.0
 def page_end(offset: int) -> int:
     """End of the page that `offset` - 1 is in."""
     return -(-offset // PAGE_BYTES) * PAGE_BYTES
+
+
+def written_extent(fd: int, size: int) -> tuple[int, int]:
+    """What of a file has data, as a granted end and islands. Blocks; moves the descriptor's offset."""
+    data = data_pages(fd, size)
+    return (size, 0) if data == (1 << page_count(size)) - 1 else joined(0, data)
 
 
 class Growth:

@@ -137,7 +137,17 @@ class OpenSlabs(Table):
             except StateError:
                 return False
             slab.passes = True
+            self.passing[slab] = None
         return True
+
+    def charge_written(self, slab: Slab, end: int, islands: int) -> None:
+        """What was written below `end` and in `islands` without asking, whether or not there is room."""
+        if slab.islands or islands:
+            end = -(-end // PAGE_BYTES) * PAGE_BYTES
+        granted_end, islands = joined(max(end, slab.granted_end), slab.islands | islands)
+        extra = writing_charge(granted_end, islands) - slab.reserved
+        slab.granted_end, slab.islands = granted_end, islands
+        self.unreserve(slab, -extra)
 
     def is_unchanged(self, slab: Slab, found: os.stat_result) -> bool:
         """It is, byte for byte, what it was when writing began. On a filesystem in memory, stores through
@@ -207,11 +217,17 @@ class OpenSlabs(Table):
             self.enlist(slab, slab.present)
         self.changed[container] = self.changed[base.container] = None
 
-    @staticmethod
-    def _settle_writing(slab: Slab) -> None:
+    def _settle_writing(self, slab: Slab) -> None:
         """What is only known of a slab that is open for writing."""
         slab.dirty_pages, slab.base = 0, None
-        slab.passes = slab.is_touched = False
+        slab.is_touched = False
+        self._stop_passing(slab)
+
+    def _stop_passing(self, slab: Slab) -> None:
+        if slab.passes:
+            slab.passes = False
+            del self.passing[slab]
+            self.passing_ended(slab)
 
     def grant(self, slab: Slab, end: int, pages: int = 0) -> bool:
         """Room to write below `end` and in `pages`, when it is there; nothing is evicted."""

@@ -17,11 +17,12 @@ from alluxiofuse.config import WorkerConfig
 from alluxiofuse.errors import UserError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length
 from alluxiofuse.worker import layout, openers
-from alluxiofuse.worker.accounts import joined, writing_charge
-from alluxiofuse.worker.checksums import data_pages, is_zero
+from alluxiofuse.worker.accounts import writing_charge
+from alluxiofuse.worker.checksums import is_zero
+from alluxiofuse.worker.growth import written_extent
 from alluxiofuse.worker.index import Index, SlabRecord
 from alluxiofuse.worker.layout import Claims, Marker, slab_path
-from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab, round_up
+from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING, Slab
 from alluxiofuse.worker.slabs import Slabs
 from alluxiofuse.worker.tiers import Directory, Tiers
 
@@ -222,14 +223,10 @@ def _recover_writing(slab: Slab, path: str, *, passes: bool) -> None:
     """The file is the truth: what has data is charged and granted."""
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        size = os.fstat(fd).st_size
-        data = data_pages(fd, size)
+        extent = written_extent(fd, os.fstat(fd).st_size)
     finally:
         os.close(fd)
     slab.dirty_pages = -1
     slab.passes = passes
-    if data == (1 << page_count(size)) - 1:
-        slab.granted_end, slab.reserved = size, round_up(size)
-    else:
-        slab.granted_end, slab.islands = joined(0, data)
-        slab.reserved = writing_charge(slab.granted_end, slab.islands)
+    slab.granted_end, slab.islands = extent
+    slab.reserved = writing_charge(*extent)

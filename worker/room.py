@@ -133,10 +133,14 @@ class Room:
             for directory in self._slabs.tiers.directories:
                 if directory.used > self._high * directory.limit_bytes:
                     target = int((1 - self._low) * directory.limit_bytes)
-                    async with self._busy[directory]:
-                        steps, _ = plan_room(self._slabs.tiers, directory, target)
-                        await self._execute(steps, directory, target)
+                    await self.free_up(directory, target)
             await trio.lowlevel.checkpoint()
+
+    async def free_up(self, directory: Directory, size_bytes: int) -> None:
+        """`size_bytes` available, as far as evicting can do it. Stops between slabs when cancelled."""
+        async with self._busy[directory]:
+            steps, _ = plan_room(self._slabs.tiers, directory, size_bytes)
+            await self._execute(steps, directory, size_bytes)
 
     async def move(self, slab: Slab, target: Directory) -> bool:
         """Move an idle sealed slab; False when it could not be done or is in use meanwhile."""

@@ -110,6 +110,8 @@ class Slabs(OpenSlabs):
             self.report_orphan(slab)
         elif slab.state == WRITING:
             self.writing.add(slab)
+            if slab.passes:
+                self.passing[slab] = None
             self.lock(slab, 0, is_writer=True).orphaned = -1
 
     # --- clean slabs ------------------------------------------------------------------------------
@@ -197,6 +199,7 @@ class Slabs(OpenSlabs):
         self.delist(slab)
         self.fds.forget(slab)
         self.writing.discard(slab)
+        self._stop_passing(slab)
         del self.by_container[slab.container]
         slab.is_gone = True
         self.count_dirty(slab, CLEAN)

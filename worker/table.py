@@ -43,6 +43,10 @@ class Table(Accounts):
         """Containers whose report to the master is out of date, oldest change first."""
         self.writing: set[Slab] = set()
         """Those open for writing."""
+        self.passing: dict[Slab, None] = {}
+        """Those that kernels may be writing to by themselves."""
+        self.passing_ended: Callable[[Slab], None] = lambda slab: None
+        """Called when one is sealed, or dropped."""
         self.orphans: dict[int, OrphanSeal] = {}
         """Seals that no client asked for, to be told to the master."""
         self.counters: Counter[str] = Counter()

@@ -41,6 +41,7 @@ from alluxiofuse.worker.fetcher import Fetcher
 from alluxiofuse.worker.growth import Growth
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.open_slabs import NOT_WRITTEN
+from alluxiofuse.worker.passing import Passing
 from alluxiofuse.worker.room import Room, storage_error
 from alluxiofuse.worker.sealing import Sealer
 from alluxiofuse.worker.slab import MAX_SLAB_BYTES, WRITING, Lock, Slab, span
@@ -59,10 +60,11 @@ class Writing:
         self._room = room
         self._threads = trio.CapacityLimiter(4)
         self._growth = Growth(slabs, room)
+        self._passing = Passing(slabs, self._growth, room, self._threads)
         self._sealer = Sealer(slabs, self._threads)
         self.leases = Leases(slabs, grace_s=grace_s, seal_orphan=self._sealer.seal_orphan)
         self._beginning = Beginning(
-            slabs, room, self._growth, fetcher, self._sealer, self.leases, self._threads
+            slabs, room, self._growth, fetcher, self._sealer, self.leases, self._passing, self._threads
         )
         self._ending = Ending(slabs, self._sealer, self.leases)
 
@@ -70,11 +72,13 @@ class Writing:
         """Carries seals to their end, whether or not the client waits for them."""
         try:
             async with trio.open_nursery() as nursery:
-                self._ending.nursery = nursery
+                self._ending.nursery = self._passing.nursery = nursery
                 nursery.start_soon(self.leases.run)
+                nursery.start_soon(self._passing.run)
                 await trio.sleep_forever()
         finally:
             self._ending.nursery = None
+            self._passing.stop()
 
     def begin(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant] | Awaitable[Answer[WriteGrant]]:
         return self._beginning.begin(peer, request)
