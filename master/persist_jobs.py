@@ -12,12 +12,13 @@ import os
 import stat
 import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Protocol, TypeVar
 
 import trio
 
-from alluxiofuse.errors import UfsError, UfsNotFoundError
-from alluxiofuse.master import places
+from alluxiofuse.errors import UfsError, UfsNotFoundError, UfsUnavailableError
+from alluxiofuse.master import persist_aside, places
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_log import PersistLog
 from alluxiofuse.master.persist_plan import Job, Kind, is_clean
@@ -91,6 +92,8 @@ class JobRunner:
                 await self._resolve_put(job)
             case Kind.PUSH_DOWN:
                 await self._push_down(job)
+            case Kind.SET_ASIDE:
+                await self._set_aside(job)
             case _:
                 raise AssertionError(job.kind)
 
@@ -272,14 +275,16 @@ class JobRunner:
     def _vanished(self, job: Job) -> None:
         """Somebody removed it from the under storage."""
         record = self._store.inode(job.ino)
-        if record is not None and (stat.S_ISDIR(record.mode) or not is_clean(record)):
+        if record is None or not record.parent:
+            return
+        if stat.S_ISDIR(record.mode) or not is_clean(record):
             tx = self._store.transaction()
             places.set_location(tx, job.ino, record, None)
             record.is_in_ufs = False
             self._log.add(tx, job.ino, SYNC_CONTENT)
             tx.put_inode(job.ino, record)
             tx.commit()
-        elif record is not None:
+        else:
             self._loader.vanished(job.ino)
 
     # --- moving -----------------------------------------------------------------------------------
@@ -293,12 +298,7 @@ class JobRunner:
         source, target, notes = job.source, job.target, self._mounts.notes(job.mount_id)
 
         def move(storage: UnderStorage) -> tuple[bytes, UfsEntry]:
-            before = storage.stat(source).fingerprint
-            if is_atomic:
-                return before, storage.rename(source, target)
-            if notes is not None:
-                storage.resume(notes)  # a large copy goes in parts
-            return before, storage.copy(source, target)
+            return _relocate(storage, source, target, notes)
 
         try:
             before, found = await self._thread(job.mount_id, move)
@@ -340,7 +340,10 @@ class JobRunner:
         if job.is_dir:
             self._rewrite_below(tx, mount_id, source, target)
         if record is None or not record.parent:
-            if tx.remove_entry(mount_id, target) is None:
+            if is_atomic and persist_aside.follow(tx, ino, source, target, before, found.fingerprint):
+                tx.delete_remove_entry(mount_id, source)
+                self._log.remove(tx, mount_id, target, job.is_dir, ino)
+            elif tx.remove_entry(mount_id, target) is None:
                 self._log.remove(tx, mount_id, target, job.is_dir)
             tx.commit()
             return
@@ -358,11 +361,46 @@ class JobRunner:
             tx.delete_remove_entry(mount_id, old)
             if entry is not None:
                 self._log.remove(tx, mount_id, target + b"/" + rest, entry.is_dir, entry.holder)
+                persist_aside.follow(tx, entry.holder, old, target + b"/" + rest)
         for at, ino in list(places.located_below(tx, mount_id, source)):
             record = tx.inode(ino)
             if record is not None:
                 places.set_location(tx, ino, record, target + at[len(source) :])
                 tx.put_inode(ino, record)
+
+    async def _set_aside(self, job: Job) -> None:
+        """Move what somebody still has open to its temporary name."""
+        mount_id, source, target = job.mount_id, job.source, job.target
+        is_atomic = self._mounts.capabilities(mount_id).has_atomic_rename
+        notes = self._mounts.notes(mount_id)
+        tx = self._store.transaction()
+        persist_aside.begin(tx, self._log, mount_id, job.ino)
+        tx.commit()
+        self._at("intent committed")
+
+        def move(storage: UnderStorage) -> tuple[bytes, UfsEntry]:
+            there = _stat(storage, target)
+            if there is not None:  # by an attempt that was not committed
+                return b"" if orphan is None else orphan.fingerprint, there
+            return _relocate(storage, source, target, notes)
+
+        orphan = self._store.inode(job.ino)
+        found: tuple[bytes, UfsEntry] | None = None
+        try:
+            found = await self._thread(mount_id, move)
+        except UfsNotFoundError:
+            log.info("what was removed here while it was open was removed outside too")
+        except UfsError as exc:
+            if isinstance(exc, UfsUnavailableError) or exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            log.warning("a removed file that is still open can't be kept for its readers: %s", exc.message)
+        tx = self._store.transaction()
+        persist_aside.end(
+            tx, self._log, mount_id, (source, job.generation), job.ino, found, is_moved=is_atomic
+        )
+        if found is not None and is_atomic:
+            self._left(tx, mount_id, source, is_tree=False)
+        tx.commit()
 
     async def _push_down(self, job: Job) -> None:
         """A directory of a store that can't move trees: give its override to everything in it; then
@@ -470,6 +508,18 @@ class JobRunner:
         result = await trio.to_thread.run_sync(work, storage, limiter=self._mounts.limiter(mount_id))
         self._at("after I/O")
         return result
+
+
+def _relocate(
+    storage: UnderStorage, source: bytes, target: bytes, notes: Path | None
+) -> tuple[bytes, UfsEntry]:
+    """Rename, or copy where that is not atomic. The fingerprint before, and what is at `target` now."""
+    before = storage.stat(source).fingerprint
+    if storage.capabilities.has_atomic_rename:
+        return before, storage.rename(source, target)
+    if notes is not None:
+        storage.resume(notes)  # a large copy goes in parts
+    return before, storage.copy(source, target)
 
 
 def _stat(storage: UnderStorage, path: bytes) -> UfsEntry | None:

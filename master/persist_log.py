@@ -104,7 +104,9 @@ class PersistLog:
             holder = ino if stat.S_ISREG(record.mode) else 0
             self.remove(tx, record.mount_id, location, is_dir, holder)
         if entry is not None and entry.intent is not None and entry.intent != location:
-            self.remove(tx, record.mount_id, entry.intent, is_dir)
+            intent = tx.intent(record.mount_id, entry.intent)
+            may_have_moved = intent is not None and intent.kind == INTENT_RENAME and not is_dir
+            self.remove(tx, record.mount_id, entry.intent, is_dir, ino if may_have_moved else 0)
             if is_dir and location is not None:
                 self._mirror_below(tx, record.mount_id, location, entry.intent)
         if stat.S_ISREG(record.mode):

@@ -10,7 +10,7 @@ import stat
 from dataclasses import dataclass
 from enum import Enum
 
-from alluxiofuse.master import places
+from alluxiofuse.master import persist_aside, places
 from alluxiofuse.master.mounts import MountTable
 from alluxiofuse.master.persist_log import Key, PersistLog
 from alluxiofuse.master.persist_queue import Lock, PathLocks
@@ -27,9 +27,6 @@ from alluxiofuse.master.records import (
 )
 from alluxiofuse.master.store import Store, decode_record, u64
 
-MOVING_PREFIX = b".alluxiofuse-moving-"
-"""At the top of a mount: where one of a cycle of renames waits until the others have moved."""
-
 
 class Kind(Enum):
     UPLOAD = "upload"
@@ -43,6 +40,8 @@ class Kind(Enum):
     RESOLVE_RENAME = "resolve_rename"
     RESOLVE_PUT = "resolve_put"
     REMOVE = "remove"
+    SET_ASIDE = "set_aside"
+    """Of a removal: somebody still has open what is there, so it is moved rather than deleted."""
     SETTLE = "settle"
     """Nothing to do in the under storage: only the entry and the record are put in order."""
 
@@ -233,6 +232,8 @@ class Planner:
         removal = tx.remove_entry(mount_id, path)
         if removal is not None and (removal.is_dir != job.is_dir or job.kind is Kind.MOVE_TREE):
             return Blocked((mount_id, path))
+        if removal is not None and intent is None and persist_aside.is_needed(tx, path, removal):
+            return Blocked((mount_id, path))
         for prefix in places.prefixes(path):
             above_removal = tx.remove_entry(mount_id, prefix)
             above_intent = tx.intent(mount_id, prefix)
@@ -291,7 +292,7 @@ class Planner:
         if record is None or entry is None or record.location is None or entry.intent is not None:
             return None
         is_dir, mount_id = stat.S_ISDIR(record.mode), record.mount_id
-        target = MOVING_PREFIX + b"%d" % key
+        target = persist_aside.temporary_path(key)
         if record.location == target or (
             is_dir and not self._mounts.capabilities(mount_id).has_atomic_rename
         ):
@@ -323,20 +324,22 @@ class Planner:
         entry = tx.remove_entry(mount_id, path)
         if entry is None:
             return None
-        if entry.holder and self._store.get("meta", b"orphan" + u64(entry.holder)) is not None:
-            return Blocked(None)
         lock = (Lock(mount_id, path, entry.is_dir),)
         intent = tx.intent(mount_id, path)
         if intent is not None:
             who = self._who_resolves(mount_id, path, intent)
             if who != (mount_id, path):
                 return Blocked(who)
+            if intent.kind == INTENT_RENAME and persist_aside.is_held(tx, path, entry):
+                return self._resolve_orphan(mount_id, path, entry.holder, intent)
             kind = Kind.RESOLVE_PUT if intent.kind == INTENT_UPLOAD else Kind.REMOVE
             if kind is Kind.RESOLVE_PUT:
                 return Job(kind, (mount_id, path), mount_id, lock, 0, target=path, intent=intent)
         uncertain = self._uncertain_above(mount_id, path)
         if uncertain:
             return Blocked(uncertain)
+        if persist_aside.is_held(tx, path, entry):
+            return self._plan_held(mount_id, path, entry)
         heir = self._heir(mount_id, path, entry) if has_heir else 0
         if heir:
             return Blocked(heir)
@@ -354,6 +357,44 @@ class Planner:
             target=path,
             is_dir=entry.is_dir,
         )
+
+    def _plan_held(self, mount_id: int, path: bytes, entry: RemoveEntry) -> Plan:
+        """What an orphan's bytes are stays, or goes where nobody minds it."""
+        mount = self._mounts.record(mount_id)
+        if mount is None or not persist_aside.is_needed(self._store, path, entry):
+            return Blocked(None)
+        has_directories = self._has_directories(mount_id)
+        if not persist_aside.is_in_the_way(self._store, mount_id, mount.ino, path, has_directories):
+            return Blocked(None)
+        uncertain = persist_aside.uncertain_at(self._store, mount_id, entry.holder)
+        if uncertain is not None:
+            return Blocked((mount_id, uncertain))
+        target = persist_aside.temporary_path(entry.holder)
+        older = self._store.transaction().remove_entry(mount_id, target)
+        if older is not None and older.holder != entry.holder:
+            return Blocked((mount_id, target))
+        return Job(
+            Kind.SET_ASIDE,
+            (mount_id, path),
+            mount_id,
+            (Lock(mount_id, path, False), Lock(mount_id, target, False)),
+            entry.holder,
+            entry.generation,
+            path,
+            target,
+        )
+
+    def _resolve_orphan(self, mount_id: int, path: bytes, ino: int, intent: IntentRecord) -> Plan:
+        """It was removed when it was not known whether it had been renamed to `path`."""
+        record = self._store.inode(ino)
+        if record is None or record.location is None:
+            return Blocked(None)
+        source = record.location
+        uncertain = self._uncertain_above(mount_id, source) or self._uncertain_above(mount_id, path)
+        if uncertain:
+            return Blocked(uncertain)
+        both = (Lock(mount_id, source, False), Lock(mount_id, path, False))
+        return Job(Kind.RESOLVE_RENAME, (mount_id, path), mount_id, both, ino, 0, source, path, intent, False)
 
     def _heir(self, mount_id: int, path: bytes, entry: RemoveEntry) -> int:
         """The inode that is about to overwrite (or, a directory, to take over) what is there."""

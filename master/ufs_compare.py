@@ -16,8 +16,9 @@ from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import forget_container, give_container, new_container
 from alluxiofuse.master.mounts import MountTable
+from alluxiofuse.master.persist_aside import MOVING_PREFIX
 from alluxiofuse.master.persist_log import PersistLog
-from alluxiofuse.master.persist_plan import MOVING_PREFIX, is_clean
+from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.records import LISTED, SYNC_CONTENT, InodeRecord
 from alluxiofuse.master.store import Store, Transaction, u64
 from alluxiofuse.ufs.base import UfsEntry

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,45 @@ def test_what_was_replaced_is_still_there_when_its_object_is_not(
         writer.write(b"OLD")
         assert os.pread(reader.fileno(), 100, 0) == b"OLD content"
     see(other / "f", b"new content")
+
+
+def test_what_was_replaced_or_removed_and_is_cached_nowhere_stays(
+    site: TwoMounts, pair: tuple[Path, Path]
+) -> None:
+    """No worker has it, or only its first page; others take its place in the under storage."""
+    author, other = pair
+    name = "/" + author.name
+    data = {path: os.urandom(3 << 20) for path in ("cold", "partly", "removed", "d/removed")}
+    (author / "d").mkdir()
+    for path, content in data.items():
+        (author / path).write_bytes(content)
+        site.wait_persisted(f"{name}/{path}")
+    wait_until((other / "d" / "removed").exists, "the names")
+    site.fs("free", "-R", str(author))
+    opened = {path: open(other / path, "r+b", buffering=0) for path in data}  # noqa: SIM115
+    try:
+        assert os.pread(opened["partly"].fileno(), 4096, 0) == data["partly"][:4096]
+        for path in ("cold", "partly"):
+            (author / "new").write_bytes(b"new content")
+            os.rename(author / "new", author / path)
+        os.unlink(author / "removed")
+        (author / "removed").write_bytes(b"another")
+        subprocess.run(["rm", "-r", author / "d"], check=True, timeout=60)
+        (author / "d").write_bytes(b"a file now")
+        place = site.ufs_dir / author.name
+        wanted = {"cold": b"new content", "partly": b"new content", "removed": b"another", "d": b"a file now"}
+        wait_until(
+            lambda: all((place / path).is_file() and (place / path).read_bytes() == content
+                        for path, content in wanted.items()), "the new ones are uploaded"
+        )  # fmt: skip
+        for path, file in opened.items():
+            os.pwrite(file.fileno(), b"changed", 1 << 20)
+            changed = data[path][: 1 << 20] + b"changed" + data[path][(1 << 20) + 7 :]
+            assert os.pread(file.fileno(), 4 << 20, 0) == changed, path
+    finally:
+        for file in opened.values():
+            file.close()
+    wait_until(lambda: not list(site.ufs_dir.glob(".alluxiofuse-*")), "nothing is left over")
 
 
 def test_a_file_is_read_on_while_its_object_is_renamed(site: TwoMounts, pair: tuple[Path, Path]) -> None:

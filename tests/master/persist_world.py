@@ -157,6 +157,10 @@ class World:
 
     def validate(self) -> None:
         found = problems(self.store, KnownMounts(self.mounts))
+        if found:
+            print(*self.dump(), sep="\n")
+            for key, _ in self.store.scan("inode", b""):
+                print(int.from_bytes(key, "big"), self.store.inode(int.from_bytes(key, "big")))
         assert not found, found
 
     # --- namespace --------------------------------------------------------------------------------

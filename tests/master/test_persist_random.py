@@ -150,7 +150,11 @@ def test_dying_master(place: Place, seed: int) -> None:
             except* Killed:
                 player.done.append("killed")
             finally:
-                world.validate()
+                try:
+                    world.validate()
+                except BaseException:
+                    print("\n".join(player.done))
+                    raise
                 world.close()
         world = World(place.state, place.open_ufs, place.uri, contents)
         try:
