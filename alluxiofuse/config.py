@@ -95,6 +95,9 @@ class ClientConfig(_Section):
     """How long an operation waits for a worker that does not answer, before EIO."""
     master_patience_s: float = 60.0
     """The same for a master: how long it may be away before programs see EIO. Spent once for one outage."""
+    persist_patience_s: float = 60.0
+    """How long close (CACHE_THROUGH) and fsync (no durable tier) wait while nothing can be uploaded,
+    before EIO. It is uploaded later all the same."""
 
 
 class Config(_Section):

@@ -105,6 +105,10 @@ class Lanes:
     def is_resting(self, mount_id: int) -> bool:
         return self._lane(mount_id).failed_count >= RESTS_AFTER
 
+    def why_resting(self, mount_id: int) -> str:
+        """ "": it does not."""
+        return self._lane(mount_id).message if self.is_resting(mount_id) else ""
+
     def resting(self) -> list[tuple[int, str]]:
         """(mount id, why) of those that wait for their store."""
         return [

@@ -149,7 +149,8 @@ class Persister:
     async def wait(self, ino: int, container: int, wait_s: float) -> bool:
         """True once content `container` or newer of `ino` is in the under storage (or the inode is
         gone, or never goes there); False after `wait_s`. UfsError when it fails for a reason that
-        waiting does not cure."""
+        waiting does not cure; UfsUnavailableError after `wait_s` when it does not get on: its last
+        attempt failed, or the store does not answer."""
         with trio.move_on_after(wait_s):
             while not self._is_persisted(ino, container):
                 failure = self._failures.get(ino)
@@ -158,7 +159,19 @@ class Persister:
                 self.hurry(ino)
                 await self._waiters.setdefault(ino, trio.Event()).wait()
             return True
-        return self._is_persisted(ino, container)
+        if self._is_persisted(ino, container):
+            return True
+        why = self._why_stuck(ino)
+        if why:
+            raise UfsUnavailableError(why)
+        return False
+
+    def _why_stuck(self, ino: int) -> str:
+        """ "": it is under way, or its turn will come."""
+        failure, record = self._failures.get(ino), self._store.inode(ino)
+        if failure is not None and (failure.count > 1 or not self._locks.is_held(ino)):
+            return failure.message
+        return "" if record is None else self._lanes.why_resting(record.mount_id)
 
     def pending_count(self) -> int:
         """Entries of the log; about, when there are many."""

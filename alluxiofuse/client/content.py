@@ -13,6 +13,7 @@ import msgspec
 import trio
 
 from alluxiofuse.client.core import Core
+from alluxiofuse.client.persisting import UploadPatience
 from alluxiofuse.client.slabs import Slab
 from alluxiofuse.client.writing import SealedMeanwhile, Writing
 from alluxiofuse.errors import (
@@ -375,11 +376,9 @@ class Content:
                 await writing.truncate(size)
 
     async def wait_persisted(self) -> None:
-        """Until the under storage has the content as of now; the errors of uploading it."""
-        container = self.attr.container
-        while container and not await self.core.session.call(
-            ops.WaitPersisted(self.ino, container, WAIT_PERSISTED_S), is_idempotent=True
-        ):
+        """Until the under storage has the content as of now; the errors of `UploadPatience`."""
+        container, patience = self.attr.container, UploadPatience(self.core)
+        while container and not await patience.is_persisted(self.ino, container, WAIT_PERSISTED_S):
             log.info("inode %d is still being persisted", self.ino)
 
     # --- close and fsync ----------------------------------------------------------------------------
@@ -427,7 +426,7 @@ class Content:
 
     async def _sync_sealed(self) -> None:
         """What was written and sealed before may still be only in the page cache of its worker."""
-        session = self.core.session
+        patience = UploadPatience(self.core)
         while True:
             if self.is_stale:
                 await self.refresh()
@@ -439,8 +438,7 @@ class Content:
                     return
             except (StaleError, PeerError) as exc:
                 log.debug("inode %d is not synced by its slab: %s", self.ino, exc)
-            request = ops.WaitPersisted(self.ino, layout.container, SYNC_WAIT_S)
-            if await session.call(request, is_idempotent=True):
+            if await patience.is_persisted(self.ino, layout.container, SYNC_WAIT_S):
                 return
             self.is_stale = True  # It may be open for writing elsewhere by now: then it is not for us.
 

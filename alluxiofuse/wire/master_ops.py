@@ -417,7 +417,8 @@ class CommitContent(Change[Attr]):
 class WaitPersisted(Request[bool]):
     """Long poll: True once the inode's content as of `container` (or newer) is in the under
     storage, False after `wait_s`. UfsError when the persist log gave up for a stated reason
-    (permission, read-only). Starts persisting at once, without the usual delay."""
+    (permission, read-only); UfsUnavailableError after `wait_s` when the last attempt has failed or the
+    store does not answer. Starts persisting at once, without the usual delay."""
 
     OP: ClassVar[str] = "master.wait_persisted"
     ino: Ino
