@@ -298,7 +298,7 @@ class JobRunner:
         source, target, notes = job.source, job.target, self._mounts.notes(job.mount_id)
 
         def move(storage: UnderStorage) -> tuple[bytes, UfsEntry]:
-            return _relocate(storage, source, target, notes)
+            return _relocate(storage, source, target, is_atomic, notes)
 
         try:
             before, found = await self._thread(job.mount_id, move)
@@ -369,10 +369,12 @@ class JobRunner:
                 tx.put_inode(ino, record)
 
     async def _set_aside(self, job: Job) -> None:
-        """Move what somebody still has open to its temporary name."""
+        """Bring what somebody still has open to its temporary name. It is copied where something is to
+        take its place, which others that look into the store then never miss."""
         mount_id, source, target = job.mount_id, job.source, job.target
-        is_atomic = self._mounts.capabilities(mount_id).has_atomic_rename
-        notes = self._mounts.notes(mount_id)
+        mount, notes = self._mounts.record(mount_id), self._mounts.notes(mount_id)
+        is_wanted = mount is not None and places.resolve(self._store, mount.ino, source) is not None
+        is_moved = self._mounts.capabilities(mount_id).has_atomic_rename and not is_wanted
         tx = self._store.transaction()
         persist_aside.begin(tx, self._log, mount_id, job.ino)
         tx.commit()
@@ -382,7 +384,7 @@ class JobRunner:
             there = _stat(storage, target)
             if there is not None:  # by an attempt that was not committed
                 return b"" if orphan is None else orphan.fingerprint, there
-            return _relocate(storage, source, target, notes)
+            return _relocate(storage, source, target, is_moved, notes)
 
         orphan = self._store.inode(job.ino)
         found: tuple[bytes, UfsEntry] | None = None
@@ -396,9 +398,9 @@ class JobRunner:
             log.warning("a removed file that is still open can't be kept for its readers: %s", exc.message)
         tx = self._store.transaction()
         persist_aside.end(
-            tx, self._log, mount_id, (source, job.generation), job.ino, found, is_moved=is_atomic
+            tx, self._log, mount_id, (source, job.generation), job.ino, found, is_moved=is_moved
         )
-        if found is not None and is_atomic:
+        if found is not None and is_moved:
             self._left(tx, mount_id, source, is_tree=False)
         tx.commit()
 
@@ -511,11 +513,11 @@ class JobRunner:
 
 
 def _relocate(
-    storage: UnderStorage, source: bytes, target: bytes, notes: Path | None
+    storage: UnderStorage, source: bytes, target: bytes, is_moved: bool, notes: Path | None
 ) -> tuple[bytes, UfsEntry]:
-    """Rename, or copy where that is not atomic. The fingerprint before, and what is at `target` now."""
+    """Rename or copy. The fingerprint before, and what is at `target` now."""
     before = storage.stat(source).fingerprint
-    if storage.capabilities.has_atomic_rename:
+    if is_moved:
         return before, storage.rename(source, target)
     if notes is not None:
         storage.resume(notes)  # a large copy goes in parts

@@ -110,7 +110,9 @@ class Persister:
             self._jobs.arrived(
                 upload.ino, upload.mount_id, upload.path, upload.generation, upload.container, found
             )
-            self._workers.mark_clean(upload.container, request.worker_id)
+            record = self._store.inode(upload.ino)
+            if record is not None and record.is_in_ufs and record.ufs_container == upload.container:
+                self._workers.mark_clean(upload.container, request.worker_id)  # Not that of an orphan.
             self._failures.forget(upload.ino)
             self._lanes.answered(upload.mount_id)
             self._end_upload(upload, None)
