@@ -19,6 +19,7 @@ FAULTS_CUTS ?= 200
 FAULTS_CUTOFFS ?= 50
 FAULTS_S3_ROUNDS ?= 500
 FAULTS_PERSIST_KILLS ?= all
+FAULTS_KEEPER_KILLS ?= 30
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -45,9 +46,10 @@ test-faults: $(VENV)/.installed-test
 	FAULTS_KILLS=$(FAULTS_KILLS) FAULTS_WHERE=both FAULTS_WRITE_TYPES=both FAULTS_OPERATIONS=$(FAULTS_OPERATIONS) \
 	FAULTS_POWER_CUTS=$(FAULTS_POWER_CUTS) FAULTS_FILES=$(FAULTS_FILES) FAULTS_CUTS=$(FAULTS_CUTS) \
 	FAULTS_CUTOFFS=$(FAULTS_CUTOFFS) \
-	FAULTS_WORKERS=all FAULTS_CLIENTS=200 \
+	FAULTS_KEEPER_KILLS=$(FAULTS_KEEPER_KILLS) FAULTS_WORKERS=all FAULTS_CLIENTS=200 \
 	FAULTS_S3_ROUNDS=$(FAULTS_S3_ROUNDS) FAULTS_PERSIST_KILLS=$(FAULTS_PERSIST_KILLS) \
-		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults tests/coherence $(TEST_ARGS)
+		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults tests/coherence \
+		tests/e2e/test_keeper.py $(TEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -291,7 +291,9 @@ class Beginning:
 
     def _grant(self, peer: Peer, request: BeginWrite, slab: Slab) -> Answer[WriteGrant]:
         lock = self._writer_of(slab, request.session_id)
-        self._leases.bind(peer, lock)
+        if not self._leases.is_bound(peer, lock):
+            slab.dirty_pages |= self._left_by(lock)
+            self._leases.bind(peer, lock)
         passes = request.passes and self._passing.begin(slab)
         lock.passes = lock.passes or passes
         fd = self._growth.fd(slab)
@@ -299,6 +301,12 @@ class Beginning:
         size = os.fstat(fd).st_size
         grant = WriteGrant(lock.id, size, slab.granted_end, bool(fds), slab.directory.is_durable, passes)
         return Answer(grant, fds=fds)
+
+    @staticmethod
+    def _left_by(lock: Lock) -> int:
+        """Pages that were perhaps written by a connection which the lock had before, maybe of a process
+        that died: nobody else knows which."""
+        return -1 if lock.peer or lock.orphaned else 0
 
     def _writer_of(self, slab: Slab, session_id: int) -> Lock:
         """The session's one writer's lock of a slab, taken up again or new."""

@@ -16,6 +16,7 @@ from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.apart import check_apart
 from alluxiofuse.cli.fs_context import security_of
 from alluxiofuse.cli.lifecycle import Life, print_ready, running
+from alluxiofuse.cli.mounting import kept_by, ready_of
 from alluxiofuse.cli.outcome import complain, starting
 from alluxiofuse.cli.state_dir import StateDir
 from alluxiofuse.cli.tiers import check_tiers, default_mem_directory, default_tiers
@@ -25,6 +26,7 @@ from alluxiofuse.errors import UserError
 from alluxiofuse.rpc.address import TcpAddress, parse_address
 
 if TYPE_CHECKING:
+    from alluxiofuse.fuse.keeping import Kept
     from alluxiofuse.fuse.mountopts import MountOptions
     from alluxiofuse.master.persister import Persister
 
@@ -50,6 +52,7 @@ class Plan:
     mount: str
     options: MountOptions
     tcp: TcpAddress | None
+    kept: Kept | None = None
 
 
 @click.command()
@@ -95,9 +98,10 @@ def local(
     alluxiofuse local --ufs /data --mount /mnt --state /var/lib/alluxiofuse
     alluxiofuse local --ufs s3://bucket/prefix --mount ./mnt --state ./var
     """
-    from alluxiofuse.fuse import mountopts, mountpoint
+    from alluxiofuse.fuse import keeping, mountopts, mountpoint
 
     with starting():
+        kept = keeping.taken_over()
         parsed = mountopts.parse(mount_options)
         config = shared.load_config(
             config_file or parsed.config_file,
@@ -118,22 +122,26 @@ def local(
         if address is not None and not isinstance(address, TcpAddress):
             raise UserError(f"--tcp {tcp}: write HOST:PORT")
         check_tiers(config.worker.tiers)
-        check_apart(config.master.ufs, mount, own_directories(config, config.master.state_dir))
-        for note in mountpoint.prepare(mount, is_nonempty_allowed=parsed.is_nonempty_allowed):
-            complain(note, "note")
+        if kept is None:  # Else there is something mounted that answers when we do.
+            check_apart(config.master.ufs, mount, own_directories(config, config.master.state_dir))
+            for note in mountpoint.prepare(mount, is_nonempty_allowed=parsed.is_nonempty_allowed):
+                complain(note, "note")
+            kept = kept_by(parsed)
     shared.set_up_logging(log_level)
     with StateDir(config.master.state_dir) as directory:
-        plan = Plan(config, directory, os.path.abspath(mount), parsed, address)
+        where = kept.mountpoint if kept is not None and kept.is_takeover else os.path.abspath(mount)
+        plan = Plan(config, directory, where, parsed, address, kept)
         with starting():
             _fill_in(plan)
 
         def ready() -> None:
             directory.is_started = True
-            print_ready(f"{config.master.ufs or 'the namespace'} is mounted at {plan.mount}")
+            text = f"{config.master.ufs or 'the namespace'} is mounted at {plan.mount}"
+            print_ready(text, kept.pid if kept is not None else 0)
             if hints:
                 say_hints(config.master.ufs, mount)
 
-        Life().run(lambda life: _everything(plan, life), ready)
+        Life().run(lambda life: _everything(plan, life), ready_of(kept, ready))
 
 
 def own_directories(config: Config, state: str) -> list[tuple[str, str]]:
@@ -174,9 +182,11 @@ async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
     from alluxiofuse.rpc.inprocess import InProcess
 
     config, security, hostname = plan.config, security_of(plan.config), assembly.this_host()
+    kept = plan.kept
+    is_takeover = kept is not None and kept.is_takeover
     memory = default_mem_directory(plan.state.path)
     async with (
-        assembly.running_master(config.master, security, is_one_process=True) as (master, _),
+        assembly.running_master(config.master, security, is_one_process=not is_takeover) as (master, _),
         assembly.running_worker(
             config.worker, InProcess(master.service, "worker"), security, hostname, memory
         ) as (
@@ -193,10 +203,13 @@ async def _everything(plan: Plan, life: Life) -> AsyncIterator[None]:
             in_process={await assembly.worker_id_of(worker): InProcess(worker.service, "mount")},
         )
         name = f"fuse {plan.mount}"
-        filesystem = FileSystem(connection, pool, config.client, name=name, hostname=hostname)
+        intents = None if kept is None else kept.memory
+        filesystem = FileSystem(
+            connection, pool, config.client, name=name, hostname=hostname, intents=intents
+        )
         async with (
             running(filesystem.run),
-            fuse_session(filesystem, plan.mount, plan.options, life),
+            fuse_session(filesystem, plan.mount, plan.options, life, kept),
         ):
             yield
         await _drain(master.persister)

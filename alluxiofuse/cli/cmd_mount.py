@@ -8,23 +8,31 @@ import click
 
 from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.outcome import MISTAKE
+from alluxiofuse.errors import UserError
 
 
 @click.command()
-@click.argument("source", metavar="HOST:PORT[/PATH]")
-@click.argument("directory", metavar="DIR")
+@click.argument("source", metavar="HOST:PORT[/PATH]", required=False)
+@click.argument("directory", metavar="DIR", required=False)
 @click.option("-o", "mount_options", multiple=True, metavar="OPT[,OPT...]", help="Mount options, see below.")
 @click.option(
     "--foreground", "-f", is_flag=True, help="Stay in the foreground; prints a line when it is ready."
+)
+@click.option(
+    "--upgrade",
+    metavar="DIR",
+    help="Have what is mounted at DIR (with keeper=on, also by `local`) served by the installed version from "
+    "now on. Programs that use it see a pause.",
 )
 @shared.secret_option
 @shared.config_option
 @shared.log_option
 def mount(
-    source: str,
-    directory: str,
+    source: str | None,
+    directory: str | None,
     mount_options: tuple[str, ...],
     foreground: bool,
+    upgrade: str | None,
     secret_file: str | None,
     config_file: str | None,
     log_level: str,
@@ -42,6 +50,7 @@ def mount(
       write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
       read_ahead=SIZE        of the kernel, on this mount
       secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|native|pyfuse3
+      keeper=on|off          with session=native: the mount outlives a crash of its daemon (off)
 
     \b
     The same by mount(8) and /etc/fstab:
@@ -51,8 +60,15 @@ def mount(
     """
     from alluxiofuse.cli import mounting
     from alluxiofuse.cli.address import expand
-    from alluxiofuse.fuse import mountopts
+    from alluxiofuse.fuse import keeping, mountopts
 
+    if upgrade is not None:
+        if source is not None or mount_options or foreground:
+            raise UserError("--upgrade DIR stands alone: the mount keeps its options")
+        keeping.upgrade(_resolved(upgrade), mounting.program())
+        return
+    if source is None or directory is None:
+        raise click.UsageError(f"Missing argument '{'DIR' if source else 'HOST:PORT[/PATH]'}'.")
     options = mountopts.parse(mount_options)
     options.config_file = config_file or options.config_file
     plan = mounting.plan_mount(expand(source), directory, options, {"cluster.secret_file": secret_file})
@@ -69,6 +85,10 @@ def umount(directory: str, lazy: bool) -> None:
     """Unmount DIR. Its daemon writes back what is left and ends."""
     from alluxiofuse.fuse import mountpoint
 
+    mountpoint.umount(_resolved(directory), is_lazy=lazy)
+
+
+def _resolved(directory: str) -> str:
+    """Without symlinks; the mount itself may be dead, and is not asked."""
     parent, name = os.path.split(os.path.abspath(directory))
-    path = os.path.join(os.path.realpath(parent), name)  # the mount itself may be dead
-    mountpoint.umount(path, is_lazy=lazy)
+    return os.path.join(os.path.realpath(parent), name)

@@ -89,6 +89,6 @@ class Life:
                 self.stop.set()
 
 
-def print_ready(text: str) -> None:
-    """The one line on stdout that scripts wait for."""
-    print(f"ready: {text} (pid {os.getpid()})", flush=True)
+def print_ready(text: str, pid: int = 0) -> None:
+    """The one line on stdout that scripts wait for. `pid`: which to send signals to; 0: ours."""
+    print(f"ready: {text} (pid {pid or os.getpid()})", flush=True)

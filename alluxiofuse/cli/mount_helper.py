@@ -88,3 +88,7 @@ def run(call: Call) -> int:
     if not call.is_fake:
         mounting.mount_in_background(plan, "info", NOT_MOUNTED)
     return 0
+
+
+if __name__ == "__main__":
+    main()

@@ -9,6 +9,7 @@ from contextlib import asynccontextmanager
 import trio
 
 from alluxiofuse.client.filesystem import FileSystem
+from alluxiofuse.client.intents import IntentLog
 from alluxiofuse.client.parallel import unwrapped
 from alluxiofuse.client.workers import WorkerPool
 from alluxiofuse.config import ClientConfig
@@ -28,6 +29,7 @@ async def open_filesystem(
     config: ClientConfig | None = None,
     name: str = "python",
     hostname: str = "",
+    intents: IntentLog | None = None,
 ) -> AsyncIterator[FileSystem]:
     """A FileSystem on the master at `address` ("HOST[:PORT]", "unix:PATH"), running until the block
     ends, whose exceptions pass as they are. UnavailableError when nobody answers within
@@ -48,7 +50,7 @@ async def open_filesystem(
 
             master = Reconnecting(dial, on_connected=resume, patience_s=config.master_patience_s)
             workers = WorkerPool(master, hostname=hostname, security=security, patience_s=config.patience_s)
-            filesystem = FileSystem(master, workers, config, name=name, hostname=hostname)
+            filesystem = FileSystem(master, workers, config, name=name, hostname=hostname, intents=intents)
             try:
                 try:
                     await master.connect(config.patience_s)

@@ -387,6 +387,9 @@ class Content:
         """close(2) of a descriptor of `file`, which is open for writing."""
         self.raise_pending()
         if self.writing is None:
+            intents = self.core.session.intents
+            if self._waits_for_upload and intents is not None and intents.predecessor is not None:
+                await self.wait_persisted()  # A predecessor may have sealed it, and died in here.
             return
         # Others that were flushed and not written to since are most likely closed, their release
         # on its way: whoever comes last seals.
@@ -394,8 +397,12 @@ class Content:
             await self.commit()
             return
         await self.seal()
-        if self.core.config.write_type == "CACHE_THROUGH":
+        if self._waits_for_upload:
             await self.wait_persisted()
+
+    @property
+    def _waits_for_upload(self) -> bool:
+        return self.core.config.write_type == "CACHE_THROUGH"
 
     async def fsync(self) -> None:
         """Bytes on a durable tier or in the under storage; size and mtime at the master. Its log is

@@ -20,6 +20,7 @@ import trio
 from alluxiofuse.client.content import Content
 from alluxiofuse.client.core import Core, KernelPages
 from alluxiofuse.client.direct import DirectReader
+from alluxiofuse.client.intents import IntentLog
 from alluxiofuse.client.open_file import OpenFile
 from alluxiofuse.client.parallel import unwrapped
 from alluxiofuse.client.session import CacheListener, Session
@@ -37,6 +38,7 @@ from alluxiofuse.wire.types import (
     EVENT_DATA,
     EVENT_ENTRY,
     EVENT_FREED,
+    SUPERUSER,
     Attr,
     Caller,
     DirEntry,
@@ -51,6 +53,8 @@ log = logging.getLogger(__name__)
 R = TypeVar("R")
 
 DIR_PAGE_ENTRIES = 2000
+TAKE_UP_S = 1.5
+"""How long the home of a file that the predecessor was writing is waited for."""
 CLOSING_S = 5.0
 """How long a cancelled `run` may take to commit what is being written."""
 
@@ -64,11 +68,13 @@ class FileSystem:
         *,
         name: str = "client",
         hostname: str = "",
+        intents: IntentLog | None = None,
     ) -> None:
         """`name` is for people ("fuse /mnt/a"). `hostname` "": this machine's. `workers` is run by
-        this FileSystem and belongs to it; `master` is the caller's, and must live until `run` ended."""
+        this FileSystem and belongs to it; `master` is the caller's, and must live until `run` ended.
+        `intents`: it may take over from a client that died, and be followed by another."""
         config = config or ClientConfig()
-        self._session = Session(master, self, name, hostname or socket.gethostname())
+        self._session = Session(master, self, name, hostname or socket.gethostname(), intents)
         self._workers = workers
         self._core = Core(
             self._session,
@@ -79,6 +85,7 @@ class FileSystem:
             KernelPages(),
         )
         self._contents = self._core.contents
+        self._is_left = False
 
     # --- life ---------------------------------------------------------------------------------------
 
@@ -111,6 +118,8 @@ class FileSystem:
             await self._workers.run(task_status=task_status)
 
     async def _close(self) -> None:
+        if self._is_left:
+            return
         for content in list(self._contents.values()):
             if content.writing is not None:
                 await content.last_writer_left()
@@ -429,6 +438,27 @@ class FileSystem:
         opened = await self._session.call(request, is_idempotent=True, on_late=self._opened_late)
         content = self._opened(opened.attr, opened.layout, asked_at)
         return await self._finish_open(content, opened.layout, flags)
+
+    async def reopen(self, ino: int, flags: int) -> OpenFile:
+        """A file that the predecessor had open. StaleError and the like: it is gone."""
+        try:
+            file = await self.open(SUPERUSER, ino, flags)
+        except AlluxioFuseError:
+            self._session.reopened(ino)
+            raise
+        self._session.reopened(ino)
+        if file.is_writer and file.attr.home:
+            # Our lock at its home is in its grace period, and nobody else may end what we have written.
+            with trio.move_on_after(TAKE_UP_S):
+                try:
+                    await self._contents[ino].begun(0)
+                except AlluxioFuseError as exc:
+                    log.warning("writing of inode %d is not taken up: %s", ino, exc)
+        return file
+
+    def leave(self) -> None:
+        """Another process takes over: `run` then ends without a word to anybody."""
+        self._is_left = True
 
     def _known_alone(self, ino: int) -> tuple[Attr, Layout] | None:
         """While the master is away, and what was heard from it may still be believed: what is known of an

@@ -4,19 +4,23 @@ session or connection."""
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol, TypeVar
+from zlib import crc32
 
 import msgspec
 import trio
 
+from alluxiofuse.client.intents import CHANGE, IntentLog
 from alluxiofuse.client.request_ids import RequestIds
 from alluxiofuse.errors import AlluxioFuseError, ConnectionLost, ForeignStateError, SessionExpiredError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.rpc.reconnecting import MAX_ATTEMPTS, NotSentError, Reconnecting
 from alluxiofuse.rpc.tally import tally
 from alluxiofuse.wire import master_ops as ops
-from alluxiofuse.wire.messages import Change, Request
+from alluxiofuse.wire.messages import Change, Request, request_id
 from alluxiofuse.wire.types import EVENT_ATTR, EVENT_DATA, EVENT_ENTRY, Event, StateMark
 
 log = logging.getLogger(__name__)
@@ -74,7 +78,15 @@ async def ask_again(
 class Session:
     """Owned by one FileSystem; all state belongs to the trio thread."""
 
-    def __init__(self, master: Connection, hooks: SessionHooks, name: str, hostname: str) -> None:
+    def __init__(
+        self,
+        master: Connection,
+        hooks: SessionHooks,
+        name: str,
+        hostname: str,
+        intents: IntentLog | None = None,
+    ) -> None:
+        """`intents`: what this client leaves to the next, and has from the one before."""
         self.id = 0
         """0: not open."""
         self.listener: CacheListener | None = None
@@ -92,7 +104,12 @@ class Session:
         self._told: dict[str, int] = {}
         """Counters that the master knows."""
         self._renewing = trio.Lock()
-        self._ids = RequestIds()
+        self.intents = intents
+        self._ids = RequestIds() if intents is None else RequestIds(intents.life, intents.reserved_slots)
+        before = None if intents is None else intents.predecessor
+        self._predecessor = before if before is not None and before.session_id else None
+        self._held: Counter[int] = Counter()
+        """Open files of the predecessor that were not opened again yet."""
         self._released: list[int] = []
         """Opens that ended and the master has not been told of."""
         self._releasing: list[int] = []
@@ -115,8 +132,22 @@ class Session:
     # --- life ---------------------------------------------------------------------------------------
 
     async def open(self) -> None:
-        """Start the session; the errors of the connection, or what the master refuses."""
-        self._take(await ask_again(self._master, ops.OpenSession(self._name, self._hostname)))
+        """Start the session, or go on with the predecessor's; the errors of the connection, or what the
+        master refuses."""
+        before = self._predecessor
+        if before is None:
+            self._take(await ask_again(self._master, ops.OpenSession(self._name, self._hostname)))
+            return
+        self.id, self._event_seq, self._held = before.session_id, before.event_seq, Counter(before.open_inos)
+        async with self._renewing:
+            await self._renew(self._master)
+        self._healthy_until = trio.current_time() + self._lease_s
+
+    def reopened(self, ino: int) -> None:
+        """An open file of the predecessor was opened again, or can't be."""
+        if self._held[ino]:
+            self._held[ino] -= 1
+            self.release(ino)
 
     async def close(self) -> None:
         """Release what is left and end the session. The errors of the connection."""
@@ -149,12 +180,15 @@ class Session:
         carried out once, however often connections break and masters end meanwhile; only when the
         session is lost too can it not be known whether that has happened: ConnectionLost. `is_idempotent`:
         then it is simply done again. `on_late`: see `Connection.exchange`."""
-        if isinstance(request, Change) and self._master.may_lose_answers:
-            slot = await self._ids.take()
-            try:
-                return await self._change(request, slot, is_idempotent, on_late)
-            finally:
-                self._ids.give_back(slot)
+        if isinstance(request, Change):
+            if self.intents is not None and not is_idempotent:
+                return await self._noted_change(request, self.intents, on_late)
+            if self._master.may_lose_answers:
+                slot = await self._ids.take()
+                try:
+                    return await self._change(request, slot, is_idempotent, on_late)
+                finally:
+                    self._ids.give_back(slot)
         try:
             if is_idempotent:
                 return await ask_again(self._master, request, on_late)
@@ -184,11 +218,43 @@ class Session:
                 await self._renew(self._master)
         return True
 
-    async def _change(
-        self, request: Change[R], slot: int, is_idempotent: bool, on_late: Callable[[R], None] | None
+    async def _noted_change(
+        self, request: Change[R], intents: IntentLog, on_late: Callable[[R], None] | None
     ) -> R:
-        request = msgspec.structs.replace(request, request_id=self._ids.next(slot))
+        """So that it is carried out once even if this process ends before the program has its answer: then
+        the request comes again to the next one, which uses the same id. The slot is in use till then."""
+        kind = CHANGE | crc32(request.OP.encode()) << 8
+        former = intents.former(kind)
         lost: ConnectionLost | None = None
+        if former is None:
+            slot, number = await self._ids.take(), self._ids.next_number()
+        else:
+            slot, number = former
+            lost = ConnectionLost("the process that sent it has ended")
+            before = self._predecessor
+            if before is None or before.session_id != self.id:
+                raise ConnectionLost(f"the session of {request.OP} was lost: it may have been done")
+        is_later = intents.at_end(partial(self._ids.give_back, slot))
+        try:
+            intents.note(kind, slot, number)
+            return await self._change(request, slot, False, on_late, number, lost)
+        finally:
+            if not is_later:
+                self._ids.give_back(slot)
+
+    async def _change(
+        self,
+        request: Change[R],
+        slot: int,
+        is_idempotent: bool,
+        on_late: Callable[[R], None] | None,
+        number: int = 0,
+        lost: ConnectionLost | None = None,
+    ) -> R:
+        """`lost`: it was sent before, with `number`."""
+        request = msgspec.structs.replace(
+            request, request_id=request_id(slot, number or self._ids.next_number())
+        )
         for _ in range(MAX_ATTEMPTS):
             try:
                 answer = await self._master.exchange(request, on_late=on_late)
@@ -213,11 +279,11 @@ class Session:
     async def _renew(self, connection: Connection) -> None:
         """Take the old session up again (the connection broke, the master restarted), else start anew.
         Single flight, by the lock or because the new connection is nobody else's yet."""
-        old, inos = self.id, self._hooks.open_inos() + self._released + self._releasing
+        old, inos = self.id, self._open_inos() + self._released + self._releasing
         try:
             grant = await connection.call(ops.OpenSession(self._name, self._hostname, old, inos, self._seen))
         except SessionExpiredError:
-            inos = self._hooks.open_inos()
+            inos = self._open_inos()
             grant = await connection.call(ops.OpenSession(self._name, self._hostname, 0, inos, self._seen))
             self._released.clear()  # they were the old session's
             tally["sessions_lost"] += 1
@@ -228,6 +294,11 @@ class Session:
         if grant.session_id != old:
             self._take(grant)
             self._tell_reset()
+        if self.intents is not None:
+            self.intents.remember_session(self.id, self._event_seq)
+
+    def _open_inos(self) -> list[int]:
+        return [*self._hooks.open_inos(), *self._held.elements()]
 
     def _take(self, grant: ops.SessionGrant) -> None:
         self.id = grant.session_id
@@ -235,6 +306,8 @@ class Session:
         self._seen = grant.state
         self._event_seq = grant.event_seq
         self._healthy_until = trio.current_time() + grant.lease_s
+        if self.intents is not None:
+            self.intents.remember_session(self.id, self._event_seq)
 
     # --- watch --------------------------------------------------------------------------------------
 
@@ -268,6 +341,8 @@ class Session:
             self._tell_reset()
         for event in answer.events:
             self._tell(event)
+        if self.intents is not None:  # What came by the last poll was passed on meanwhile.
+            self.intents.remember_session(self.id, self._event_seq)
         self._event_seq = answer.seq
         self._healthy_until = asked_at + self._lease_s
         if answer.events:

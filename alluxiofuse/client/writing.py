@@ -22,6 +22,7 @@ from typing import TypeVar
 import trio
 
 from alluxiofuse.client.core import Core
+from alluxiofuse.client.intents import APPEND, LIFE_SHIFT, REMOTE_APPEND
 from alluxiofuse.client.slabs import Slab
 from alluxiofuse.errors import (
     AlluxioFuseError,
@@ -54,6 +55,8 @@ MAX_DIRTY_PAGES = 1 << 20
 """Pages that the bitmap tells apart; beyond (1 TiB) all count as changed."""
 LOOK_S = 1.0
 """How long a home may take to tell size and times."""
+MAX_SEARCH_BYTES = 16 << 20
+"""How far an append is looked for that may have been done before."""
 _RETRY_S = 0.1
 MOVED_S = 2.0
 """How long the master is asked where bytes went that are not where it said."""
@@ -100,7 +103,7 @@ class Writing:
         self._recovering = trio.Lock()
         self._appending = trio.Lock()
         """One append through the worker at a time."""
-        self._append_number = 1
+        self._append_number = 1 if core.session.intents is None else core.session.intents.life << LIFE_SHIFT
         self.is_unbegun = False
         """Ended without the home having been told that it began."""
         self._may_be_ended = False
@@ -425,7 +428,8 @@ class Writing:
         slab = self.slab
         assert slab is not None
         fd = slab.fd
-        if fd >= 0 and slab.is_good and (length <= INLINE_WRITE_BYTES or not slab.is_durable):
+        is_free = not (is_append and self._appending.locked())
+        if fd >= 0 and slab.is_good and is_free and (length <= INLINE_WRITE_BYTES or not slab.is_durable):
             if is_append:
                 offset = os.fstat(fd).st_size
             if self._may_write(offset, offset + length):
@@ -441,8 +445,9 @@ class Writing:
     def _write_now(self, fd: int, offset: int, data: Buffer, is_append: bool) -> int:
         try:
             if is_append:
-                count = os.pwritev(fd, [data], offset, os.RWF_APPEND)
-                self._changed(offset, os.fstat(fd).st_size)
+                done = self._note_append(fd, data)
+                count = done + os.pwritev(fd, [memoryview(data)[done:]], offset, os.RWF_APPEND)
+                self._changed(offset - done, os.fstat(fd).st_size)
             else:
                 count = os.pwrite(fd, data, offset)
                 self._changed(offset, offset + count)
@@ -450,10 +455,34 @@ class Writing:
             raise _named(exc) from None
         return count
 
+    def _note_append(self, fd: int, data: Buffer) -> int:
+        """How many bytes of `data` a predecessor has appended before it died; from now on a successor can
+        find that out. Two appends at one time of this client, or of others of this machine, to the same
+        file make it search for the whole of `data`."""
+        intents = self._core.session.intents
+        if intents is None:
+            return 0
+        done, size = 0, os.fstat(fd).st_size
+        former = intents.former(APPEND)
+        if former is not None and former[0] == self._layout.ino and size > former[1]:
+            done = _found_at(fd, former[1], size, memoryview(data).cast("B"))
+        intents.note(APPEND, self._layout.ino, size - done)
+        return done
+
     async def _write_slowly(self, offset: int, data: Buffer, length: int, is_append: bool) -> int:
         slab = await self._good_slab()
+        if is_append and slab.fd >= 0:
+            async with self._appending:
+                slab = await self._good_slab()
+                if slab.fd >= 0:
+                    return await self._write_by_descriptor(slab, offset, data, length, is_append)
         if slab.fd < 0:
             return await self._write_remote(offset, data, length, is_append)
+        return await self._write_by_descriptor(slab, offset, data, length, is_append)
+
+    async def _write_by_descriptor(
+        self, slab: Slab, offset: int, data: Buffer, length: int, is_append: bool
+    ) -> int:
         if is_append:
             offset = os.fstat(slab.fd).st_size
         if not self._may_write(offset, offset + length):
@@ -464,7 +493,10 @@ class Writing:
             return self._write_now(slab.fd, offset, data, is_append)
         slab.reader_count += 1  # The descriptor stays open, whatever happens to the slab.
         try:
-            count = await trio.to_thread.run_sync(_write_all, slab.fd, data, offset, is_append)
+            done = self._note_append(slab.fd, data) if is_append else 0
+            rest = memoryview(data).cast("B")[done:]
+            count = done + await trio.to_thread.run_sync(_write_all, slab.fd, rest, offset, is_append)
+            offset -= done
         except OSError as exc:
             raise _named(exc) from None
         finally:
@@ -521,13 +553,19 @@ class Writing:
         """Once, and where; one at a time. ConnectionLost: it can't be known whether it was done."""
         async with self._appending:
             self._append_number += 1
-            lost: ConnectionLost | None = None
+            number, lost = self._append_number, None
+            intents = self._core.session.intents
+            if intents is not None:
+                former = intents.former(REMOTE_APPEND)
+                if former is not None and former[0] != self.container:
+                    raise ConnectionLost("an append may have been done or not: its home has sealed the file")
+                if former is not None:
+                    number, lost = former[1], ConnectionLost("the process that sent it has ended")
+                intents.note(REMOTE_APPEND, self.container, number)
             for _ in range(MAX_ATTEMPTS):
                 try:
                     slab = await self._good_slab()
-                    request = worker_ops.Write(
-                        slab.lock_id, 0, True, self._append_number, is_repeat=lost is not None
-                    )
+                    request = worker_ops.Write(slab.lock_id, 0, True, number, is_repeat=lost is not None)
                     try:
                         return await slab.connection.call(request, chunk)
                     except ConnectionLost as exc:
@@ -590,6 +628,15 @@ class Writing:
         if self.slab is None:
             return True
         return await self._ask(worker_ops.SyncContainer)
+
+
+def _found_at(fd: int, start: int, size: int, data: memoryview) -> int:
+    """How many bytes of `data` were appended where the file ended at `start`; its end is `size` now."""
+    length = min(len(data), size - start)
+    if os.pread(fd, length, start) == data[:length]:
+        return length
+    # Somebody else's came first.
+    return len(data) if data.tobytes() in os.pread(fd, min(size - start, MAX_SEARCH_BYTES), start) else 0
 
 
 def _write_all(fd: int, data: Buffer, offset: int, is_append: bool) -> int:

@@ -11,12 +11,13 @@ import os
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
 from alluxiofuse.client.filesystem import OpenFile
-from alluxiofuse.errors import FsError
+from alluxiofuse.errors import FsError, StaleError
+from alluxiofuse.fuse.memory import IS_DIRECTORY, KILLS_PRIVILEGES, HandleRecord, Memory
 from alluxiofuse.wire.types import DirEntry
 
 
@@ -31,6 +32,12 @@ class FileHandle:
     kills_privileges: bool = False
     """Writing by it takes set-user-id and the like away, and the kernel leaves that to us."""
     is_written: bool = False
+
+    @property
+    def record(self) -> HandleRecord:
+        """For the next daemon."""
+        bits = KILLS_PRIVILEGES if self.kills_privileges else 0
+        return HandleRecord(self.ino, self.flags & 0xFFFFFFFF, bits, thread=self.thread)
 
     @property
     def is_writable(self) -> bool:
@@ -62,7 +69,7 @@ class DirHandle:
     entries as they are then, from behind the name before that position.
     """
 
-    __slots__ = ("_list", "_names", "_pages", "_rest", "ino", "lock")
+    __slots__ = ("_list", "_names", "_pages", "_rest", "_unknown_count", "ino", "lock", "reply_count")
 
     def __init__(self, ino: int, list_from: Callable[[bytes], AsyncIterator[list[DirEntry]]]) -> None:
         """`list_from(name)`: pages of entries in order, from behind `name`, b"" being the start."""
@@ -75,6 +82,23 @@ class DirHandle:
         self._pages: deque[Page] = deque()
         self._rest: AsyncIterator[list[DirEntry]] | None = None
         """What is still to come; None before the first and after the last page."""
+        self._unknown_count = 0
+        """Of entries before `_names`, which a former daemon listed."""
+        self.reply_count = 0
+
+    @property
+    def record(self) -> HandleRecord:
+        return HandleRecord(self.ino, bits=IS_DIRECTORY)
+
+    def go_on(self, index: int, name: bytes) -> None:
+        """As if entries up to and with that at `index`, which is `name`, had been listed. Under `lock`."""
+        self._pages.clear()
+        self._names, self._unknown_count = [name], index
+        self._rest = self._list(name)
+
+    @property
+    def is_started(self) -> bool:
+        return bool(self._names or self._pages or self._rest)
 
     async def start(self) -> None:
         """From the beginning, with a new listing. Under `lock`."""
@@ -82,16 +106,19 @@ class DirHandle:
 
     async def _read_from(self, index: int) -> None:
         await self.close()
+        if index < self._unknown_count:  # By count: nobody knows the names any more.
+            self._names, index, self._unknown_count = [], 0, 0
+            self._pages.clear()
         for page in self._pages:
             self._names += [entry.name for entry in page.entries]
         self._pages.clear()
-        del self._names[index:]
+        del self._names[index - self._unknown_count :]
         self._rest = self._list(self._names[-1] if self._names else b"")
 
     async def page_at(self, index: int, now: Callable[[], int]) -> Page | None:
         """The page that holds entry `index`; None when the directory ends before. One page is asked
         for at a time, `now` being the change counter. Under `lock`."""
-        if index < len(self._names):
+        if index < self._unknown_count + len(self._names):
             await self._read_from(index)
         while True:
             for page in self._pages:
@@ -111,7 +138,7 @@ class DirHandle:
             self._rest = None
             raise
         last = self._pages[-1] if self._pages else None
-        start = len(self._names) if last is None else last.start + len(last.entries)
+        start = self._unknown_count + len(self._names) if last is None else last.start + len(last.entries)
         self._pages.append(Page(start, entries, now))
         if len(self._pages) > MAX_PAGES:
             self._names += [entry.name for entry in self._pages.popleft().entries]
@@ -123,36 +150,60 @@ class DirHandle:
             await rest.aclose()
 
 
-H = TypeVar("H")
+class Recorded(Protocol):
+    @property
+    def record(self) -> HandleRecord: ...
+
+
+H = TypeVar("H", bound=Recorded)
 
 
 class HandleTable(Generic[H]):
-    """Numbers for handles, from 1 up."""
+    """Numbers for handles, from 1 up; with `memory`, such as outlive this daemon."""
 
-    def __init__(self) -> None:
+    def __init__(self, memory: Memory | None = None) -> None:
         self._next = 1
         self._handles: dict[int, H] = {}
+        self._memory = memory
+        self._lost: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._handles)
 
     def add(self, handle: H) -> int:
-        number = self._next
-        self._next += 1
+        if self._memory is not None:
+            number = self._memory.add_handle(handle.record)
+        else:
+            number = self._next
+            self._next += 1
         self._handles[number] = handle
         return number
 
+    def restore(self, number: int, handle: H | None) -> None:
+        """The kernel has it from a former daemon. None: what it was is gone."""
+        if handle is None:
+            self._lost.add(number)
+        else:
+            self._handles[number] = handle
+
     def get(self, number: int) -> H:
-        """EBADF when there is none (the kernel never asks for such)."""
+        """EBADF when there is none (the kernel never asks for such); ESTALE: it got lost with a daemon."""
         try:
             return self._handles[number]
         except KeyError:
+            if number in self._lost:
+                raise StaleError("it was open when the daemon ended, and is gone") from None
             raise FsError(errno.EBADF, f"no open handle {number}") from None
 
-    def pop(self, number: int) -> H:
-        handle = self.get(number)
-        del self._handles[number]
-        return handle
+    def pop(self, number: int) -> H | None:
+        """None: there is none (any more)."""
+        if number in self._lost:
+            self._lost.discard(number)
+        elif number not in self._handles:
+            return None
+        if self._memory is not None:
+            self._memory.remove_handle(number)
+        return self._handles.pop(number, None)
 
     def values(self) -> list[H]:
         return list(self._handles.values())

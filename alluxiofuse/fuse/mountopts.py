@@ -45,6 +45,8 @@ class MountOptions:
     read_ahead_bytes: int | None = None
     """Of the mount, only root may set it; None: a good one."""
     session: str = "auto"
+    keeper: bool = False
+    """The mount outlives its daemon; native sessions only."""
     is_nonempty_allowed: bool = False
     master_patience_s: float | None = None
     """How long programs wait for a master that is away, before EIO."""
@@ -76,6 +78,8 @@ def parse(given: Iterable[str], *, sloppy: bool = False) -> MountOptions:
             raise UserError("an alluxiofuse mount cannot be remounted: unmount it and mount it again")
         elif item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES) and not sloppy:
             raise UserError(f"unknown mount option {name!r}: see `alluxiofuse mount --help`")
+    if options.keeper and options.session != "native":
+        raise UserError("keeper=on needs session=native")
     return options
 
 
@@ -112,6 +116,12 @@ def _session(options: MountOptions, value: str) -> None:
     if value not in _SESSIONS:
         raise UserError(f"session={value}: choose from {', '.join(_SESSIONS)}")
     options.session = value
+
+
+def _keeper(options: MountOptions, value: str) -> None:
+    if value not in ("on", "off"):
+        raise UserError(f"keeper={value}: choose from on, off")
+    options.keeper = value == "on"
 
 
 def _write_type(options: MountOptions, value: str) -> None:
@@ -170,6 +180,7 @@ def _text(attribute: str, options: MountOptions, value: str) -> None:
 
 _VALUED: dict[str, Callable[[MountOptions, str], None]] = {
     "session": _session,
+    "keeper": _keeper,
     "write_type": _write_type,
     "attr_timeout": _attr_timeout,
     "master_patience": _master_patience,

@@ -21,6 +21,7 @@ from alluxiofuse.errors import AlluxioFuseError, FsError
 from alluxiofuse.fuse.guard import Troubles, errno_of, guarded, guarded_by_inode
 from alluxiofuse.fuse.handles import REOPEN_FLAGS, DirHandle, FileHandle, HandleTable
 from alluxiofuse.fuse.invalidation import Kernel
+from alluxiofuse.fuse.memory import Memory
 from alluxiofuse.fuse.view import KernelView
 from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
 from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
@@ -65,14 +66,17 @@ class Operations(pyfuse3.Operations):
         kernel: Kernel | None = None,
         reply_entry: ReplyEntry = pyfuse3.readdir_reply,
         new_attributes: Callable[[], pyfuse3.EntryAttributes] = pyfuse3.EntryAttributes,
+        memory: Memory | None = None,
     ) -> None:
         super().__init__()
         self.fs = fs
         self.troubles = Troubles()
         self.view = KernelView(root_ino, cache_limit_s, lambda: fs.is_watch_healthy, new_attributes)
         self.view.on_void = self._void
-        self.files: HandleTable[FileHandle] = HandleTable()
-        self.dirs: HandleTable[DirHandle] = HandleTable()
+        self.memory = memory
+        """Of what the next daemon of the mount must know."""
+        self.files: HandleTable[FileHandle] = HandleTable(memory)
+        self.dirs: HandleTable[DirHandle] = HandleTable(memory)
         self._xattrs = XattrNames()
         self._parents: dict[int, int] = {}
         """Of directories that were looked up or listed: `..` of a listing, no more."""
@@ -424,7 +428,18 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def release(self, fh: int) -> None:
-        await self.files.pop(fh).file.release()
+        handle = self.files.pop(fh)
+        if handle is not None:
+            await handle.file.release()
+
+    async def drop_unanswered(self, unique: int) -> None:
+        """The request comes again: what a former daemon opened for it the kernel has never heard of."""
+        fh = 0 if self.memory is None else self.memory.unanswered_handle(unique)
+        if fh:
+            await self.release(fh)
+            directory = self.dirs.pop(fh)
+            if directory is not None:
+                await directory.close()
 
     async def flush_all(self) -> None:
         """Before a forced unmount: close(2) for every file that is open for writing. Never raises
@@ -440,8 +455,11 @@ class Operations(pyfuse3.Operations):
 
     @guarded_by_inode
     async def opendir(self, inode: int, ctx: pyfuse3.RequestContext) -> int:
-        ino, fs = self.view.ours(inode), self.fs
-        return self.dirs.add(DirHandle(ino, lambda after: fs.readdir(SUPERUSER, ino, after)))
+        return self.dirs.add(self.directory(self.view.ours(inode)))
+
+    def directory(self, ino: int) -> DirHandle:
+        fs = self.fs
+        return DirHandle(ino, lambda after: fs.readdir(SUPERUSER, ino, after))
 
     @guarded_by_inode
     async def readdir(self, fh: int, start_id: int, token: pyfuse3.ReaddirToken) -> None:
@@ -449,12 +467,28 @@ class Operations(pyfuse3.Operations):
         async with handle.lock:
             if start_id == 0:
                 await handle.start()
+            elif not handle.is_started and self.memory is not None:
+                await self._go_on_listing(self.memory, fh, handle, start_id - _FIRST_ENTRY)
             position = start_id
             while position < _FIRST_ENTRY:
                 if not await self._list_dot(handle, position, token):
                     return
                 position += 1
-            await self._list_entries(handle, position, token)
+            first = position - _FIRST_ENTRY
+            names = await self._list_entries(handle, position, token)
+            if self.memory is not None and names:
+                handle.reply_count += 1
+                self.memory.note_listing(fh, handle.reply_count, first, names)
+
+    @staticmethod
+    async def _go_on_listing(memory: Memory, fh: int, handle: DirHandle, index: int) -> None:
+        """Where a former daemon was when it ended: behind the name before `index`, else by count."""
+        before = memory.listed(fh, index - 1) if index > 0 else None
+        if before is not None:
+            name, handle.reply_count = before
+            handle.go_on(index - 1, name)
+        else:
+            await handle.start()
 
     async def _list_dot(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> bool:
         """`.` and `..`; the kernel takes no reference for them and caches nothing of them."""
@@ -467,24 +501,31 @@ class Operations(pyfuse3.Operations):
         entry.attr_timeout = entry.entry_timeout = 0
         return self._reply_entry(token, name, entry, position + 1)
 
-    async def _list_entries(self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken) -> None:
-        """Up to where the kernel has room. Some microseconds for each entry, most of them here, so what
-        is the same for all is found out once."""
+    async def _list_entries(
+        self, handle: DirHandle, position: int, token: pyfuse3.ReaddirToken
+    ) -> list[bytes]:
+        """Up to where the kernel has room; the names. Some microseconds for each entry, most of them here, so
+        what is the same for all is found out once."""
         reply = self._reply_entry
+        names: list[bytes] = []
         while page := await handle.page_at(position - _FIRST_ENTRY, lambda: self.view.changes.now):
             listed = self.view.listing(handle.ino, page.asked_at)
             for found in itertools.islice(page.entries, position - _FIRST_ENTRY - page.start, None):
                 attr = found.attr
                 if not reply(token, found.name, listed.entry(attr, found.name), position + 1):
-                    return
+                    return names
                 listed.taken(attr)
+                names.append(found.name)
                 if attr.mode & _KIND == stat.S_IFDIR:
                     self._parents[attr.ino] = handle.ino
                 position += 1
+        return names
 
     @guarded
     async def releasedir(self, fh: int) -> None:
-        await self.dirs.pop(fh).close()
+        handle = self.dirs.pop(fh)
+        if handle is not None:
+            await handle.close()
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:

@@ -20,10 +20,12 @@ from alluxiofuse.client.filesystem import FileSystem
 from alluxiofuse.errors import UserError
 from alluxiofuse.fuse import mountpoint as mountpoints
 from alluxiofuse.fuse.invalidation import Invalidator, Kernel
+from alluxiofuse.fuse.keeping import Kept
 from alluxiofuse.fuse.mountopts import MountOptions
 from alluxiofuse.fuse.native.driver import NativeDriver
 from alluxiofuse.fuse.operations import Operations, ReplyEntry
 from alluxiofuse.fuse.pyfuse3_driver import PyFuse3Driver
+from alluxiofuse.fuse.takeover import take_over
 
 log = logging.getLogger("alluxiofuse.fuse")
 
@@ -34,6 +36,10 @@ FLUSH_TIMEOUT_S = 20.0
 GOODBYE_TIMEOUT_S = 3.0
 """How long after an unmount the kernel may take to end the connection."""
 JOIN_TIMEOUT_S = 5.0
+HAND_OVER_S = 5.0
+"""How long what is under way may take before it is left to the next daemon."""
+COMES_AGAIN_S = 60.0
+"""By then a request that comes again has come."""
 _is_serving = False
 
 
@@ -44,6 +50,7 @@ async def serve(
     *,
     on_ready: Callable[[], None] | None = None,
     handle_signals: bool = True,
+    kept: Kept | None = None,
     task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED,
 ) -> None:
     """Mount `fs` at `mountpoint` and serve it until it is unmounted (then returns), a SIGTERM or
@@ -53,6 +60,9 @@ async def serve(
     flushed, and the mount is detached: programs that still use it then get errors. `fs` must be
     running before and until this has returned; cancel it afterwards, not together with this task.
 
+    `kept`: the mount outlives this process. Then, unless its end was ordered (`kept.is_stopping`), it is left
+    as it is; and when another daemon takes over, this does not return.
+
     `on_ready` and `task_status` tell that the mount answers. UserError when it can't be mounted.
     """
     global _is_serving
@@ -60,7 +70,7 @@ async def serve(
         raise UserError("this process serves a mount already")
     _is_serving = True
     try:
-        await _Session(fs, mountpoint, options).run(on_ready, handle_signals, task_status)
+        await _Session(fs, mountpoint, options, kept).run(on_ready, handle_signals, task_status)
     finally:
         _is_serving = False
 
@@ -106,10 +116,16 @@ def choose_driver(options: MountOptions) -> tuple[Driver, str]:
 
 
 class _Session:
-    def __init__(self, fs: FileSystem, mountpoint: str, options: MountOptions) -> None:
+    def __init__(
+        self, fs: FileSystem, mountpoint: str, options: MountOptions, kept: Kept | None = None
+    ) -> None:
+        self._kept = kept
         self._driver, self._reason = choose_driver(options)
         self._fs = fs
-        self._mountpoint = os.path.realpath(mountpoint)  # later it would ask us
+        is_takeover = kept is not None and kept.is_takeover
+        self._mountpoint = (
+            mountpoint if is_takeover else os.path.realpath(mountpoint)
+        )  # later it would ask us
         self._options = options
         kernel = self._driver.kernel
         self._operations = Operations(
@@ -119,11 +135,14 @@ class _Session:
             kernel=kernel,
             reply_entry=self._driver.reply_entry,
             new_attributes=self._driver.new_attributes,
+            memory=None if kept is None else kept.memory,
         )
         self._invalidator = Invalidator(kernel, self._operations.view.reset)
         self._ended = trio.Event()
         """The kernel has let go of the session, or the session was terminated."""
         self._answering = trio.CancelScope(shield=True)
+        self._is_left = False
+        """The mount stays, for another daemon."""
         self._is_detached = False
         """Unmounted lazily: nothing of ours is at the mountpoint any more."""
         self._device = ""
@@ -135,19 +154,26 @@ class _Session:
         task_status: trio.TaskStatus[None],
     ) -> None:
         await self._fs.getattr(self._options.root_ino)  # a mount that can't answer is none
-        self._mount()
-        view = self._operations.view
+        view, kept = self._operations.view, self._kept
+        if kept is None or not kept.is_takeover:
+            self._mount()
         view.connect(self._invalidator)
         self._invalidator.start()
         self._fs.set_listener(view)
+        if kept is not None and kept.is_takeover:
+            await self._take_over(kept)
         try:
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(self._answer)
                 try:
                     await self._until_ended(nursery, on_ready, handle_signals, task_status)
                 finally:
+                    if kept is not None and not (kept.is_stopping or self._ended.is_set()):
+                        self._leave()
                     with trio.CancelScope(shield=True):
                         await self._unmount()
+                    if kept is not None and not self._is_left:
+                        kept.ended()
                 nursery.cancel_scope.cancel()
         finally:
             self._fs.set_listener(None)
@@ -158,7 +184,38 @@ class _Session:
         self._driver.mount(self._operations, self._mountpoint, self._options, fsname)
         mount = mountpoints.mount_at(self._mountpoint)
         self._device = mount.device if mount is not None else ""
+        if self._kept is not None and isinstance(self._driver, NativeDriver):
+            self._driver.keep(self._kept, self._mountpoint)
         log.info("mounted at %s (session=%s: %s)", self._mountpoint, self._driver.name, self._reason)
+
+    async def _take_over(self, kept: Kept) -> None:
+        """What a former daemon has mounted."""
+        assert isinstance(self._driver, NativeDriver)
+        mount = mountpoints.mount_at(self._mountpoint)
+        self._device = mount.device if mount is not None else ""
+        started_at = trio.current_time()
+        await take_over(self._operations, kept.memory, self._invalidator)
+        self._driver.resume(self._operations, kept.fuse, kept.negotiated)
+        log.info(
+            "took the mount at %s over with %d open files and directories in %.2f s",
+            self._mountpoint,
+            len(kept.memory.former_handles),
+            trio.current_time() - started_at,
+        )
+
+    async def _follow_keeper(self, kept: Kept, stop: trio.Event) -> None:
+        if not await kept.wait():
+            log.warning("the keeper of %s is gone: unmounting", self._mountpoint)
+            kept.is_stopping = True
+            stop.set()
+            return
+        log.info("handing %s over to another daemon", self._mountpoint)
+        self._is_left = True
+        self._fs.leave()
+        self._driver.terminate()
+        with trio.move_on_after(HAND_OVER_S):
+            await self._ended.wait()
+        kept.leave()
 
     async def _answer(self) -> None:
         """Shielded: a request that is cancelled is never answered, and its program hangs."""
@@ -178,6 +235,9 @@ class _Session:
         stop = trio.Event()
         if handle_signals:
             await nursery.start(self._wait_for_signal, stop)
+        if self._kept is not None:
+            nursery.start_soon(self._follow_keeper, self._kept, stop)
+            nursery.start_soon(self._drop_former_notes, self._kept)
         await trio.to_thread.run_sync(os.statvfs, self._mountpoint)
         await trio.to_thread.run_sync(tune, self._mountpoint, self._options, self._driver.max_read_bytes)
         task_status.started()
@@ -185,6 +245,11 @@ class _Session:
             on_ready()
         nursery.start_soon(_first, self._ended, stop)
         await stop.wait()
+
+    @staticmethod
+    async def _drop_former_notes(kept: Kept) -> None:
+        await trio.sleep(COMES_AGAIN_S)
+        kept.memory.drop_former()
 
     async def _wait_for_signal(
         self, stop: trio.Event, *, task_status: trio.TaskStatus[None] = trio.TASK_STATUS_IGNORED
@@ -197,8 +262,15 @@ class _Session:
                 log.info("%s: unmounting %s", signal.Signals(number).name, self._mountpoint)
                 stop.set()
 
+    def _leave(self) -> None:
+        """Something has failed: another daemon shall go on with the mount."""
+        log.error("leaving %s to another daemon", self._mountpoint)
+        self._is_left = True
+        self._fs.leave()
+        self._answering.cancel()
+
     async def _unmount(self) -> None:
-        if self._ended.is_set():
+        if self._ended.is_set() or self._is_left:
             return
         if await self._try_umount(is_lazy=False):
             # The kernel has said goodbye; whatever is left are requests already received. Unless a
@@ -235,12 +307,15 @@ class _Session:
         self._invalidator.close()
         if not self._invalidator.join(JOIN_TIMEOUT_S):
             # It waits in the kernel for a request that nobody answers any more: aborting ends both.
-            log.warning("a cache invalidation is stuck: aborting the connection")
-            _abort(self._mountpoint)
-            if not self._invalidator.join(JOIN_TIMEOUT_S):
+            if not self._is_left:
+                log.warning("a cache invalidation is stuck: aborting the connection")
+                _abort(self._mountpoint)
+            if self._is_left or not self._invalidator.join(JOIN_TIMEOUT_S):
                 log.error("it stays stuck: the session is left to the end of the process")
                 return
-        self._driver.close(is_unmount=not self._is_detached)
+        self._driver.close(is_unmount=not self._is_detached and not self._is_left)
+        if self._is_left:
+            return
         left = mountpoints.mount_at(self._mountpoint)
         if left is not None and left.is_ours and left.device == self._device:
             # The connection was aborted (umount --force, or in /sys): libfuse leaves such a mount.

@@ -66,6 +66,8 @@ class KernelView:
         self.changes = ChangeLog()
         self.on_void: Callable[[int | None], None] = lambda ino: None
         """Called with an inode of which all that is remembered elsewhere is void; None: of all."""
+        self.is_incomplete = False
+        """The kernel knows inodes from a former daemon too."""
         self._limit_s = limit_s
         self._is_healthy = is_healthy
         self._invalidator: Invalidator | None = None
@@ -89,13 +91,15 @@ class KernelView:
         return KERNEL_ROOT if ino == self.root_ino else ino
 
     def knows(self, ino: int) -> bool:
-        return ino == self.root_ino or ino in self._known
+        return self.is_incomplete or ino == self.root_ino or ino in self._known
 
     def believes_otherwise(self, attr: Attr) -> bool:
         """The kernel may go on believing other attributes than these, or these are not to be believed
         for any time (being written)."""
         known = self._known.get(attr.ino)
-        return known is not None and (attr.home != 0 or known.told != version(attr))
+        if known is None:
+            return self.is_incomplete
+        return attr.home != 0 or known.told != version(attr)
 
     def is_mapped_write(self, ino: int, offset: int) -> bool:
         """A write by a handle with O_APPEND that is not to the end: the kernel writes pages of shared
@@ -133,7 +137,7 @@ class KernelView:
     def attributes(self, attr: Attr, since: int) -> pyfuse3.EntryAttributes:
         """The answer to getattr or setattr."""
         known = self._known.get(attr.ino)
-        if known is not None or attr.ino == self.root_ino:
+        if known is not None or self.knows(attr.ino):
             self._tell(attr)
         return self._filled(attr, 0.0, self._attr_timeout(attr, since))
 

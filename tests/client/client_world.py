@@ -14,6 +14,7 @@ from typing import Any
 import trio
 
 from alluxiofuse.client.filesystem import FileSystem, OpenFile
+from alluxiofuse.client.intents import IntentLog
 from alluxiofuse.client.parallel import unwrapped
 from alluxiofuse.client.paths import Paths
 from alluxiofuse.client.workers import WorkerPool
@@ -191,7 +192,9 @@ class World:
     # --- clients ------------------------------------------------------------------------------------
 
     @asynccontextmanager
-    async def client(self, name: str = "client", **settings: Any) -> AsyncIterator[Client]:
+    async def client(
+        self, name: str = "client", intents: IntentLog | None = None, **settings: Any
+    ) -> AsyncIterator[Client]:
         config = ClientConfig(**{"patience_s": 5.0, **settings})
         links = trio.CancelScope(shield=True)
 
@@ -227,7 +230,7 @@ class World:
                     patience_s=config.patience_s,
                     in_process=dict(joined),
                 )
-                fs = FileSystem(master, pool, config, name=name, hostname=HERE)
+                fs = FileSystem(master, pool, config, name=name, hostname=HERE, intents=intents)
                 await nursery.start(lambda task_status: run(task_status))
                 client = Client(self, fs, pool, master)
                 try:

@@ -14,6 +14,8 @@ from struct import Struct
 VERSION = 7
 MINOR = 45
 """Highest that we know; the kernel takes the lower of both sides."""
+INC_EPOCH_MINOR = 44
+"""From this on there is `Notify.INC_EPOCH`."""
 MIN_MINOR = 31
 """Linux 5.4 and newer. Older ones have other layouts."""
 
@@ -115,6 +117,7 @@ class Notify(IntEnum):
     INVAL_INODE = 2
     INVAL_ENTRY = 3
     RESEND = 7
+    INC_EPOCH = 8
 
 
 class Init(IntFlag):

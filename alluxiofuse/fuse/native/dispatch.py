@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable
 from typing import Any
 
 from alluxiofuse.client.reading import InSlab
+from alluxiofuse.fuse.memory import MAX_LISTED_BYTES
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Fattr, Fopen, Op
 from alluxiofuse.fuse.native.messages import Listing, Request
@@ -135,6 +136,9 @@ class Dispatcher:
         """What both sides of this session can do (`abi.Init`)."""
         self._ops.maps_direct_io = bool(flags & abi.Init.DIRECT_IO_ALLOW_MMAP)
 
+    async def drop_unanswered(self, unique: int) -> None:
+        await self._ops.drop_unanswered(unique)
+
     # --- names ------------------------------------------------------------------------------------------
 
     async def _lookup(self, r: Request) -> Payload:
@@ -200,10 +204,15 @@ class Dispatcher:
     async def _setxattr(self, r: Request) -> Payload:
         assert r.data is not None
         size, flags = r.fields
-        if flags:
+        if flags and not self._was_begun(r):
             await self._check_xattr(r, flags)
         await self._ops.setxattr(r.nodeid, r.names[0], bytes(r.data[:size]), Context(r))
         return b""
+
+    def _was_begun(self, r: Request) -> bool:
+        """By a former daemon, which had found nothing wrong with it."""
+        memory = self._ops.memory
+        return memory is not None and memory.was_begun(r.unique & ~abi.RESENT)
 
     async def _check_xattr(self, r: Request, flags: int) -> None:
         """XATTR_CREATE, XATTR_REPLACE."""
@@ -283,7 +292,8 @@ class Dispatcher:
 
     async def _readdir(self, r: Request) -> Payload:
         fh, position, size = r.fields[:3]
-        listing = Listing(min(size, abi.MAX_WRITE), is_plus=r.opcode == Op.READDIRPLUS)
+        most = abi.MAX_WRITE if self._ops.memory is None else MAX_LISTED_BYTES
+        listing = Listing(min(size, most), is_plus=r.opcode == Op.READDIRPLUS)
         await self._ops.readdir(fh, position, listing)
         if listing.unreferenced:
             await self._ops.forget(listing.unreferenced)

@@ -17,8 +17,11 @@ from typing import Any
 import pyfuse3
 import trio
 
+from alluxiofuse.client.intents import asked_by
 from alluxiofuse.client.reading import InSlab
 from alluxiofuse.errors import UserError
+from alluxiofuse.fuse.keeping import Kept
+from alluxiofuse.fuse.memory import Memory
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Init, Op
 from alluxiofuse.fuse.native.device import Device, Ended, max_read_bytes, mount
@@ -46,6 +49,7 @@ _WANTED = (
     | Init.MAX_PAGES
     | Init.INIT_EXT
     | Init.DIRECT_IO_ALLOW_MMAP
+    | Init.HAS_RESEND
 )
 _INTERRUPTIBLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READ, Op.READDIR, Op.READDIRPLUS, Op.GETXATTR, Op.LISTXATTR}
@@ -136,14 +140,38 @@ class NativeDriver:
         self._waiting: dict[int, trio.CancelScope] = {}
         """unique -> of a request that may be interrupted and whose handler waits."""
         self._malformed_count = 0
+        self._memory: Memory | None = None
+        self._is_resumed = False
+        self._flags = self._minor = 0
+        self._on_negotiated: Callable[[], None] = lambda: None
 
     @property
     def max_read_bytes(self) -> int:
         return self._max_read_bytes
 
     def mount(self, operations: Any, mountpoint: str, options: Any, fsname: str) -> None:
-        self._dispatcher = Dispatcher(operations)
+        self._dispatcher, self._memory = Dispatcher(operations), operations.memory
         self._device = mount(mountpoint, options, fsname, self._max_read_bytes)
+
+    def keep(self, kept: Kept, mountpoint: str) -> None:
+        """Let the mount outlive this daemon, if this kernel can do that."""
+        assert self._device is not None
+        kept.mounted(self._device.fd, mountpoint)
+
+        def negotiated() -> None:
+            if self._flags & Init.HAS_RESEND and self._minor >= abi.INC_EPOCH_MINOR:
+                kept.can_resume({"flags": self._flags, "max_read": self._max_read_bytes})
+            else:
+                log.warning("the mount does not outlive its daemon: that takes Linux 6.16 or newer")
+
+        self._on_negotiated = negotiated
+
+    def resume(self, operations: Any, fd: int, negotiated: dict[str, int]) -> None:
+        """Instead of `mount`: go on where a former daemon ended."""
+        self._dispatcher, self._memory = Dispatcher(operations), operations.memory
+        self._device, self._is_resumed = Device(fd), True
+        self._flags, self._max_read_bytes = negotiated["flags"], negotiated["max_read"]
+        self._dispatcher.negotiated(self._flags)
 
     # --- INIT -------------------------------------------------------------------------------------------
 
@@ -161,6 +189,7 @@ class NativeDriver:
                     device.send(messages.failure(request.unique, errno.EIO))
                     continue
                 if self._answer_init(device, request):
+                    self._on_negotiated()
                     return
         raise UserError("the kernel did not begin the FUSE session")
 
@@ -174,6 +203,7 @@ class NativeDriver:
             device.send(messages.failure(request.unique, errno.EPROTO))
             raise UserError(f"the kernel's FUSE protocol {major}.{minor} is too old")
         flags = int(_WANTED) & offered
+        self._flags, self._minor = flags, minor
         assert self._dispatcher is not None
         self._dispatcher.negotiated(flags)
         answer = abi.INIT_OUT.pack(
@@ -201,8 +231,14 @@ class NativeDriver:
         device = self._device
         assert device is not None
         try:
-            await self._start(device)
-        except Ended:
+            if self._is_resumed:
+                # What the kernel believes of names may be out of date; what is unanswered comes again.
+                device.notify(messages.void_names())
+                device.notify(messages.resend())
+            else:
+                await self._start(device)
+        except (Ended, OSError) as exc:
+            log.debug("the session ends at once: %s", exc)
             return
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
@@ -249,8 +285,9 @@ class NativeDriver:
         yielded_at = time.monotonic()
 
         def lose_lead() -> None:
-            task.is_leading = False
-            self._give_lead()
+            if task.is_leading:
+                task.is_leading = False
+                self._give_lead()
 
         while task.is_leading and not self._is_over:
             try:
@@ -269,11 +306,14 @@ class NativeDriver:
                 self._complain(device, exc)
                 continue
             if request.opcode == Op.INTERRUPT:
-                scope = self._waiting.get(request.fields[0])
+                scope = self._waiting.get(request.fields[0] & ~abi.RESENT)
                 if scope is not None:
                     scope.cancel()
                 continue
-            await self._handle(device, dispatcher, request, lose_lead)
+            if self._memory is None:
+                await self._handle(device, dispatcher, request, lose_lead)
+            else:
+                await self._handle_kept(device, dispatcher, request, lose_lead, self._memory)
             if task.is_leading and time.monotonic() - yielded_at > YIELD_S:
                 await trio.lowlevel.checkpoint()
                 yielded_at = time.monotonic()
@@ -289,6 +329,30 @@ class NativeDriver:
             self._end()
         self._scope = trio.CancelScope()
         return not self._is_over
+
+    async def _handle_kept(
+        self,
+        device: Device,
+        dispatcher: Dispatcher,
+        request: Request,
+        lose_lead: Callable[[], None],
+        memory: Memory,
+    ) -> None:
+        """So that the next daemon can tell what was done of it, should this one end before it is answered."""
+        unique = request.unique & ~abi.RESENT
+        asked_by.set(unique)
+        memory.begin(unique)
+        if unique != request.unique:
+            await Stepped(self._drop_unanswered(dispatcher, unique), lose_lead)
+        await self._handle(device, dispatcher, request, lose_lead)
+        memory.end(unique)
+
+    @staticmethod
+    async def _drop_unanswered(dispatcher: Dispatcher, unique: int) -> None:
+        try:
+            await dispatcher.drop_unanswered(unique)
+        except pyfuse3.FUSEError as exc:
+            log.info("what was opened for a request that comes again: %s", exc)
 
     async def _handle(
         self, device: Device, dispatcher: Dispatcher, request: Request, lose_lead: Callable[[], None]
@@ -334,7 +398,7 @@ class NativeDriver:
     async def _interruptible(
         self, handler: Handler, request: Request, lose_lead: Callable[[], None]
     ) -> tuple[Payload, int]:
-        unique = request.unique
+        unique = request.unique & ~abi.RESENT
 
         def waits() -> None:
             self._waiting[unique] = scope

@@ -290,3 +290,8 @@ def invalidate_entry(parent: int, name: bytes) -> bytes:
 def resend() -> bytes:
     """Ask for all requests that a former daemon left unanswered (Init.HAS_RESEND)."""
     return OUT_HEADER.pack(OUT_HEADER.size, Notify.RESEND, 0)
+
+
+def void_names() -> bytes:
+    """Each name that the kernel has is to be looked up again before it is used (Linux 6.16)."""
+    return OUT_HEADER.pack(OUT_HEADER.size, Notify.INC_EPOCH, 0)
