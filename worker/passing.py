@@ -144,11 +144,14 @@ class Passing:
     # --- looking at the files ---------------------------------------------------------------------
 
     def _pause_s(self) -> float:
-        directories = {slab.directory for slab in self._slabs.passing} - self._pressed
-        left = [max(0, directory.available) / TOP_SPEED for directory in directories]
         if not self._slabs.passing:
             return float("inf")
+        loose = {slab.directory for slab in self._slabs.passing if not self._is_braked(slab)}
+        left = [max(0, directory.available) / TOP_SPEED for directory in loose]
         return max(MIN_PAUSE_S, self._look_s / LOOK_SHARE, min([MAX_PAUSE_S, *left]))
+
+    def _is_braked(self, slab: Slab) -> bool:
+        return slab in self._inodes and slab.directory in self._pressed
 
     async def _look(self) -> None:
         active, self._asked = self._asked, set()
@@ -162,7 +165,7 @@ class Passing:
 
     async def _charge(self, slab: Slab) -> bool:
         """What it has grown by; whether it has."""
-        if slab not in self._slabs.passing or slab.must_empty:
+        if slab not in self._slabs.passing or slab.must_empty or slab.directory.trouble:
             return False
         before = slab.charged
         try:
@@ -198,20 +201,21 @@ class Passing:
         if is_fresh:  # What was written until it was on.
             for slab in [slab for slab in self._slabs.passing if slab.directory is directory]:
                 await self._charge(slab)
-        target = HEADROOM_BYTES * 3 // 2
-        if directory.limit_bytes < AHEAD_SHARE * HEADROOM_BYTES:
-            target = 0
-        if (
-            not is_active
-            or directory.available >= target
-            or trio.current_time() < self._retry_at.get(directory, 0.0)
-        ):
+        target = self._ahead_bytes(directory)
+        is_due = trio.current_time() >= self._retry_at.get(directory, 0.0)
+        if not is_active or not is_due or directory.available >= target:
             return
         await self._room.free_up(directory, target)
         if directory.available >= HEADROOM_BYTES:
             self._release(directory)
         elif directory.available < target:
             self._retry_at[directory] = trio.current_time() + RETRY_S
+
+    @staticmethod
+    def _ahead_bytes(directory: Directory) -> int:
+        """What is kept free by evicting while kernels write: enough to do without the brake. In a small
+        directory that would be most of it."""
+        return HEADROOM_BYTES * 3 // 2 if directory.limit_bytes >= AHEAD_SHARE * HEADROOM_BYTES else 0
 
     # --- the brake --------------------------------------------------------------------------------
 
