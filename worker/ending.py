@@ -17,7 +17,7 @@ from alluxiofuse.worker.checksums import bits
 from alluxiofuse.worker.leases import Leases
 from alluxiofuse.worker.room import storage_error
 from alluxiofuse.worker.sealing import Sealer
-from alluxiofuse.worker.slab import WRITING, Lock, Slab
+from alluxiofuse.worker.slab import DIRTY, WRITING, Lock, Slab
 from alluxiofuse.worker.slabs import Slabs
 
 log = logging.getLogger(__name__)
@@ -26,10 +26,11 @@ log = logging.getLogger(__name__)
 class Ending:
     """Owned by the worker's `Writing`."""
 
-    def __init__(self, slabs: Slabs, sealer: Sealer, leases: Leases) -> None:
+    def __init__(self, slabs: Slabs, sealer: Sealer, leases: Leases, threads: trio.CapacityLimiter) -> None:
         self._slabs = slabs
         self._sealer = sealer
         self._leases = leases
+        self._threads = threads
         self.nursery: trio.Nursery | None = None
         """For seals, which go on whether or not the client waits for them; None while the worker stops."""
         self._left: set[Slab] = set()
@@ -53,7 +54,7 @@ class Ending:
         if slab.writers:
             return WriteEnd(found.st_size, found.st_mtime_ns, False)
         if request.may_revert and self._revert(lock):
-            return self._ended(lock)
+            return self._reverted(lock)
         pages = self._slabs.pages_to_seal(slab, found)
         if pages.bit_count() > 1 or slab.pins or slab.must_sync:
             return self._end_slowly(lock, request)
@@ -98,6 +99,17 @@ class Ending:
             raise StaleError(f"lock {lock.id} is not writing")
         if slab.state == WRITING and slab.container == lock.ended and not slab.writers:
             return self._end_slowly(lock, request)
+        return self._reverted(lock) if lock.has_reverted else self._ended(lock)
+
+    def _reverted(self, lock: Lock) -> WriteEnd | Awaitable[WriteEnd]:
+        """The answer. Bytes that were durable once, and are nowhere else, are those of the old container
+        after a power failure too: the master, told of this, forgets the new one."""
+        slab = lock.slab
+        is_promised = slab.state == DIRTY and slab.is_kept and slab.directory.is_durable
+        return self._synced(lock) if is_promised else self._ended(lock)
+
+    async def _synced(self, lock: Lock) -> WriteEnd:
+        await trio.to_thread.run_sync(self._slabs.index.sync, limiter=self._threads)
         return self._ended(lock)
 
     def _ended(self, lock: Lock) -> WriteEnd:
@@ -161,7 +173,8 @@ class Ending:
         try:
             is_free = not slab.passes or await self._sealer.is_let_go(slab)
             if is_free and request.may_revert and slab.container == lock.ended and self._revert(lock):
-                return self._ended(lock)
+                end = self._reverted(lock)
+                return end if isinstance(end, WriteEnd) else await end
             end = await self._sealer.seal(slab)
         finally:
             self._slabs.unpin(slab)

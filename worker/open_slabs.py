@@ -89,22 +89,22 @@ class OpenSlabs(Table):
         self.index.commit(batch)
         slab.must_empty = self.path(slab)
         self._become(slab, container, granted_end, 0)
-        slab.is_kept = False
+        slab.is_kept = must_sync
         slab.size = slab.present = slab.verified = slab.zeros = slab.damaged = slab.checksum = 0
-        if must_sync:
-            self.index.sync()  # Blocks, for a file that was synced, is open here, and is emptied: rare.
         self.finish_emptying(slab)
 
     def finish_emptying(self, slab: Slab) -> None:
         """In this order: after a power failure a file that has the new name is empty, and one that a
         record without the mark claims has that name. OSError, StateError: it is still to be done."""
         path = self.path(slab)
+        if slab.is_kept:
+            self.index.sync()  # Blocks, for a file that was synced, is open here, and is emptied: rare.
         if not os.path.exists(path) or path in self.old_names:
             os.truncate(slab.must_empty, 0)
             os.utime(slab.must_empty, NOT_WRITTEN)
             self._give_name(slab.must_empty, path)
         self.index.put(slab.container, self._record(slab))
-        slab.must_empty = ""
+        slab.must_empty, slab.is_kept = "", False
 
     def _become(self, slab: Slab, container: int, granted_end: int, islands: int) -> None:
         """Open for writing, as another container."""

@@ -66,7 +66,7 @@ class Writing:
         self._beginning = Beginning(
             slabs, room, self._growth, fetcher, self._sealer, self.leases, self._passing, self._threads
         )
-        self._ending = Ending(slabs, self._sealer, self.leases)
+        self._ending = Ending(slabs, self._sealer, self.leases, self._threads)
 
     async def run(self) -> None:
         """Carries seals to their end, whether or not the client waits for them."""

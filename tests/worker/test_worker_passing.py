@@ -24,6 +24,7 @@ from alluxiofuse.wire.worker_ops import (
     EndWrite,
     ForgetMtime,
     StatContainer,
+    SyncContainer,
     Truncate,
     Write,
     WriteEnd,
@@ -237,6 +238,34 @@ async def test_what_was_not_changed_is_its_base_again(tmp_path: Path) -> None:
                 await world.detach(lock_id)
         world.master.send(CleanCommand([slab.container]))
         await eventually(lambda: slab.state == CLEAN, "it is clean")
+
+
+@trio_test
+async def test_what_was_synced_is_durably_its_base_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = pattern(MB)
+    async with passing(tmp_path) as world:
+        grant, fd = await world.begin(11)
+        os.pwrite(fd, data, 0)
+        os.close(fd)
+        await world.client.call(SyncContainer(grant.lock_id))
+        await world.client.call(EndWrite(grant.lock_id, None))
+        await world.detach(grant.lock_id)
+        lock_id, fd = await _open(world, 12, 11, MB)
+        os.close(fd)
+        synced: list[set[int]] = []
+        really = world.slabs.index.sync
+
+        def sync() -> None:
+            synced.append(set(world.slabs.by_container))
+            really()
+
+        with monkeypatch.context() as patch:
+            patch.setattr(world.slabs.index, "sync", sync)
+            assert (await _end(world, lock_id, may_revert=True)).is_reverted
+            assert {11} in synced
+        assert await world.read_all(11, None, MB) == data
 
 
 @trio_test
