@@ -128,7 +128,8 @@ class Content:
     # --- opening ----------------------------------------------------------------------------------
 
     def open(self, req: Open) -> Opened:
-        self._sessions.touch(req.session_id)
+        session = self._sessions.touch(req.session_id)
+        session.passes_at = req.passes_at or session.passes_at
         record = self._namespace.existing(req.ino)
         self._check_open(req, record)
         self._namespace.gate.fresh(req.ino, record)
@@ -269,11 +270,24 @@ class Content:
         if is_free and not req.truncate and not record.nlink and (home := self._whole_at(record)):
             return home
         if is_free:
-            return self._workers.choose_home(req.home)
+            return self._workers.choose_home(self._open_at(req, record) or req.home)
         holders = [record.held_by] if record.held_by else self._workers.holders(record.container)
         home = holders[0] if holders else 0
         self._require_alive(home, req.ino)
         return home
+
+    def _open_at(self, req: BeginWrite, record: InodeRecord) -> int:
+        """The worker at which others' kernels read the content by themselves, which see only what changes
+        there; 0: none, or the writer's own is one of them."""
+        readers = self._sessions.read_at(req.ino, req.session_id) if record.container else set()
+        having = [
+            one
+            for one in readers
+            if self._workers.is_alive(one)
+            # What it has sealed it reports a moment later.
+            and (one == record.held_by or self._workers.has_container(one, record.container))
+        ]
+        return 0 if not having or req.home in having else having[0]
 
     def _require_alive(self, worker_id: int, ino: int) -> None:
         if not self._workers.is_alive(worker_id):

@@ -38,6 +38,8 @@ class Session:
     """Inode -> how many open files."""
     open_count: int = 0
     """Sum of `opens`."""
+    passes_at: int = 0
+    """See `master_ops.Open`."""
     writes: dict[int, int] = field(default_factory=dict)
     """Inode -> container that this session began to write and has not seen sealed."""
     numbers: dict[int, int] | None = None
@@ -197,6 +199,13 @@ class Sessions:
     def open_inos(self, session_id: int) -> list[int]:
         session = self._sessions.get(session_id)
         return [] if session is None else list(session.opens)
+
+    def read_at(self, ino: int, besides: int) -> set[int]:
+        """Workers whose slabs the kernels of other sessions may be reading this inode from by themselves."""
+        own = self._sessions.get(besides)
+        if self._open_counts[ino] == (0 if own is None else own.opens[ino]):
+            return set()
+        return {s.passes_at for s in self._sessions.values() if s is not own and s.opens[ino]} - {0}
 
     # --- writers ----------------------------------------------------------------------------------
 

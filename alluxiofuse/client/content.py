@@ -27,6 +27,7 @@ from alluxiofuse.errors import (
     UnavailableError,
 )
 from alluxiofuse.rpc import interrupt
+from alluxiofuse.rpc.base import Connection
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import SUPERUSER, Attr, Layout
 from alluxiofuse.wire.worker_ops import WriteEnd
@@ -54,6 +55,9 @@ class Content:
         self.files: list[OpenFile] = []
         self.lock = trio.Lock()
         self.writing: Writing | None = None
+        self.pins: list[Slab] = []
+        """Slabs that the kernel may have open: kept, whatever becomes of the content, until the last of
+        `files` is released."""
         self.slab: Slab | None = None
         """Attached for reading `layout`'s container (while not `writing`)."""
         self.is_stale = False
@@ -162,8 +166,40 @@ class Content:
 
     def drop_slab(self) -> None:
         slab, self.slab = self.slab, None
-        if slab is not None:
+        if slab is not None and slab not in self.pins:
             self.core.slabs.give_back(slab)
+
+    def pin(self, slab: Slab) -> None:
+        if slab not in self.pins:
+            self.pins.append(slab)
+
+    def unpin(self) -> None:
+        """Nobody has the inode open any more."""
+        pins, self.pins = self.pins, []
+        for slab in pins:
+            if slab.container == self.layout.container and self.is_sealed:
+                self.core.slabs.give_back(slab)
+            else:
+                self.core.slabs.discard(slab)
+
+    def discard_slab(self) -> None:
+        """It is not what it was thought to be."""
+        slab, self.slab = self.slab, None
+        if slab is not None and slab not in self.pins:
+            self.core.slabs.discard(slab)
+
+    async def attached(self, layout: Layout, worker_id: int, connection: Connection) -> Slab | None:
+        """`slab`, of this content at this worker; None: it can't be attached. StaleError: it was replaced."""
+        async with self.lock:
+            slab = self.slab
+            if slab is not None:
+                if slab.is_good and slab.container == layout.container and slab.worker_id == worker_id:
+                    return slab
+                self.drop_slab()
+            if self.layout.container != layout.container or self.writing is not None:
+                raise StaleError("the content was replaced meanwhile")
+            self.slab = await self.core.slabs.attach(self.core.session.id, layout, worker_id, connection)
+            return self.slab
 
     # --- writing ------------------------------------------------------------------------------------
 
@@ -233,6 +269,8 @@ class Content:
         # What was joined may have others' bytes, whatever the master knows of its size.
         is_empty = not layout.is_joined and (is_truncating or not layout.base_size)
         writing = Writing(self.core, layout, is_empty=is_empty)
+        if is_empty and not self.layout.home:
+            writing.emptied = self.layout.container, self.layout.size
         # News may overtake the answer.
         writing.is_shared = writing.is_shared or heard != self.data_event_count
         self.drop_slab()
@@ -278,10 +316,11 @@ class Content:
         self.core.kernel_pages.written(self.ino, writing.container, old.container)
 
     async def seal(self) -> None:
-        """End the writing of this client and tell the master. Nothing when there is none."""
+        """End the writing of this client and tell the master. Nothing when there is none, and what the
+        kernel writes goes on while it is open for writing."""
         async with self.lock:
             writing = self.writing
-            if writing is None:
+            if writing is None or (writing.is_passing and self.is_written):
                 return
             try:
                 await writing.end()
@@ -296,6 +335,9 @@ class Content:
         """Under the lock, after `writing.end`."""
         end = writing.result
         assert end is not None
+        if end.is_reverted:
+            await self._commit_reverted(writing)
+            return
         try:
             attr = await self._tell_end(writing, end)
             if writing.is_unbegun and attr.home and attr.container == writing.container:
@@ -320,6 +362,34 @@ class Content:
         if self.slab is not None:
             self.core.slabs.adopt(self.slab)
 
+    async def _commit_reverted(self, writing: Writing) -> None:
+        """Under the lock: nothing was changed, and the worker has the base again."""
+        session, old = self.core.session, self.layout
+        request = ops.CommitContent(
+            session.id,
+            self.ino,
+            writing.container,
+            old.size,
+            self.attr.mtime_ns,
+            is_sealed=False,
+            is_abandoned=True,
+        )
+        try:
+            self.attr = await session.call(request, is_idempotent=True)
+        except StaleError as exc:
+            log.info("inode %d was replaced while it was open for writing: %s", self.ino, exc)
+            self.give_up()
+            return
+        self.writing = None
+        self.core.transition_count += 1
+        self.is_stale = True
+        self.core.kernel_pages.forget(self.ino)
+        slab = writing.close()
+        if slab is not None:
+            slab.container = old.container
+            self.slab = slab
+            self.core.slabs.adopt(slab)
+
     async def _tell_end(self, writing: Writing, end: WriteEnd) -> Attr:
         session = self.core.session
         return await session.call(
@@ -338,17 +408,19 @@ class Content:
     async def commit(self) -> None:
         """Let others see size and mtime so far; the file stays open for writing."""
         writing, session = self.writing, self.core.session
-        if writing is None or not writing.is_uncommitted:
+        if writing is None or not (writing.is_uncommitted or writing.is_passing):
             return
         writing.is_uncommitted = False
         try:
             await writing.look()
+            state = writing.size, writing.written_ns
+            if state == writing.told:
+                return
             self.attr = await session.call(
-                ops.CommitContent(
-                    session.id, self.ino, writing.container, writing.size, writing.written_ns, is_sealed=False
-                ),
+                ops.CommitContent(session.id, self.ino, writing.container, *state, is_sealed=False),
                 is_idempotent=True,
             )
+            writing.told = state
         except BaseException:
             writing.is_uncommitted = True
             raise
@@ -393,7 +465,9 @@ class Content:
             return
         # Others that were flushed and not written to since are most likely closed, their release
         # on its way: whoever comes last seals.
-        if any(other.is_writer and not other.is_flushed for other in self.files if other is not file):
+        is_shared = any(one.is_writer and not one.is_flushed for one in self.files if one is not file)
+        if self.writing.is_passing or is_shared:
+            # Of a copy of its descriptor that goes on writing the kernel tells nothing before the release.
             await self.commit()
             return
         await self.seal()

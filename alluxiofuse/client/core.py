@@ -115,6 +115,13 @@ class Core:
     outage_since_s: float | None = None
     """When the outage of workers for writing began that lasts; None: the last one that was asked answered."""
     outage_seen_at_s: float = 0.0
+    passes: bool = False
+    """The kernel takes slabs, to read and write them itself (see `passing`)."""
+
+    @property
+    def passes_writes(self) -> bool:
+        """Under CACHE_THROUGH close waits for the upload, so all writing must be known here."""
+        return self.passes and self.config.write_type != "CACHE_THROUGH"
 
     def closed(self, content: Content) -> None:
         """One open file of `content` ended."""
@@ -123,6 +130,7 @@ class Core:
             if content.writing is None and not content.is_stale:
                 self.recent.closed(content.ino, content.attr, content.layout)
             content.drop_slab()
+            content.unpin()
         self.session.release(content.ino)
 
     async def with_home(self, ask: Callable[[int], Awaitable[T]]) -> T:

@@ -124,6 +124,7 @@ class FileSystem:
             if content.writing is not None:
                 await content.last_writer_left()
             content.drop_slab()
+            content.unpin()
         await self._core.slabs.close()
         await self._core.direct.close()
         if self._session.id:
@@ -151,6 +152,10 @@ class FileSystem:
     @property
     def config(self) -> ClientConfig:
         return self._core.config
+
+    def take_slabs(self) -> None:
+        """The kernel may be given slabs from now on: `OpenFile.pass_on`."""
+        self._core.passes = True
 
     @property
     def is_watch_healthy(self) -> bool:
@@ -434,7 +439,8 @@ class FileSystem:
             # The master hears of it when it is back, from the list of what is open.
             content = self._opened(*known, asked_at)
             return await self._finish_open(content, known[1], flags)
-        request = ops.Open(who, self._session.id, ino, is_writer)
+        passes_at = self._workers.local_worker_id if self._core.passes else 0
+        request = ops.Open(who, self._session.id, ino, is_writer, passes_at)
         opened = await self._session.call(request, is_idempotent=True, on_late=self._opened_late)
         content = self._opened(opened.attr, opened.layout, asked_at)
         return await self._finish_open(content, opened.layout, flags)

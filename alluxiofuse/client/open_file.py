@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import trio
 
-from alluxiofuse.client import reading
+from alluxiofuse.client import passing, reading
 from alluxiofuse.client.content import Content
 from alluxiofuse.client.reading import InSlab
 from alluxiofuse.client.writing import SealedMeanwhile
@@ -94,6 +94,12 @@ class OpenFile:
                 return await writing.write(offset, data, is_append=is_append)
             except SealedMeanwhile:
                 continue
+
+    async def pass_on(self) -> int:
+        """For the kernel to read, and to write if the file was opened for that: a descriptor (this file's,
+        for reading only) of the one file that has all of the content, and that all changes at its worker go
+        to, until the last release of the inode. -1: there is none, or it may not have it now."""
+        return await passing.descriptor(self, self._content)
 
     async def truncate(self, size: int) -> None:
         """ftruncate(2); growing makes a hole."""

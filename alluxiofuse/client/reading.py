@@ -209,7 +209,7 @@ class _Attempts:
         if is_other and self._file.read_container == layout.container:
             raise StaleError("the file was replaced in the under storage while it was read")
         error = StaleError("the file keeps being replaced in the under storage")
-        self._discard_slab()  # The worker goes by the source with which it was attached.
+        self._content.discard_slab()  # The worker goes by the source with which it was attached.
         if is_other:
             self._count_stale(error)
         elif trio.current_time() + _RETRY_S > self._deadline:
@@ -226,7 +226,7 @@ class _Attempts:
             # Nobody else can have it: a worker that came back without its slabs.
             error = UnavailableError(f"the only copy of the content is gone: {exc.message}")
         self._count_stale(error)
-        self._discard_slab()
+        self._content.discard_slab()
         await self._content.refresh()
 
     def _count_stale(self, exc: AlluxioFuseError) -> None:
@@ -237,7 +237,7 @@ class _Attempts:
     async def _failed(self, worker_id: int, exc: AlluxioFuseError) -> None:
         """Others next; when there are none, all again with what the master knows by then."""
         log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
-        self._discard_slab()
+        self._content.discard_slab()
         if worker_id and not isinstance(exc, _NoHolder):
             self._core.workers.failed(worker_id)
         if worker_id and worker_id not in self._excluded:
@@ -256,16 +256,11 @@ class _Attempts:
         """The worker answers, but its bytes are damaged or can't be read: others, or this error. There is
         nothing to wait for."""
         log.debug("reading inode %d from worker %d: %s", self._content.ino, worker_id, exc)
-        self._discard_slab()
+        self._content.discard_slab()
         if not worker_id or worker_id in self._excluded:
             raise exc
         self._excluded.add(worker_id)
         self._error = exc
-
-    def _discard_slab(self) -> None:
-        slab, self._content.slab = self._content.slab, None
-        if slab is not None:
-            self._core.slabs.discard(slab)
 
     # --- one attempt --------------------------------------------------------------------------------
 
@@ -292,7 +287,7 @@ class _Attempts:
             return await self._core.direct.read(layout.source, offset, length)
         connection = await self._core.workers.connection(worker_id)
         if connection.can_pass_fds:
-            slab = await self._slab(worker_id, connection, layout)
+            slab = await self._content.attached(layout, worker_id, connection)
             if slab is not None and slab.fd >= 0 and await self._fetched(slab, offset, length):
                 if self._in_place and slab.is_good and slab.is_hot(offset, length):
                     return InSlab(slab.fd, offset, length)
@@ -309,25 +304,11 @@ class _Attempts:
         if not worker_id:
             raise UnavailableError("no worker is running: there is no cache to load into")
         connection = await self._core.workers.connection(worker_id)
-        slab = await self._slab(worker_id, connection, layout)
+        slab = await self._content.attached(layout, worker_id, connection)
         if slab is None:
             raise NoSpaceError("no tier of the worker has room for the file")
         if not slab.has(offset, length):
             slab.learn(await slab.connection.call(worker_ops.Fetch(slab.lock_id, offset, length)))
-
-    async def _slab(self, worker_id: int, connection: Connection, layout: Layout) -> Slab | None:
-        content = self._content
-        async with content.lock:
-            slab = content.slab
-            if slab is not None:
-                if slab.is_good and slab.container == layout.container and slab.worker_id == worker_id:
-                    return slab
-                content.drop_slab()
-            if content.layout.container != layout.container or content.writing is not None:
-                raise StaleError("the content was replaced meanwhile")
-            slab = await self._core.slabs.attach(self._core.session.id, layout, worker_id, connection)
-            content.slab = slab
-            return slab
 
     async def _fetched(self, slab: Slab, offset: int, length: int) -> bool:
         """The pages are there now; False: there is no room for them."""
@@ -382,7 +363,7 @@ class _Attempts:
             return b""
         live = msgspec.structs.replace(layout, size=stat.size, source=None)
         if connection.can_pass_fds:
-            slab = await self._slab(worker_id, connection, live)
+            slab = await self._content.attached(live, worker_id, connection)
             if slab is not None and slab.fd >= 0:
                 data = await slab.read(offset, length)
                 if not slab.is_good:

@@ -54,6 +54,7 @@ class Slab:
         "is_unwanted",
         "lock_id",
         "pages",
+        "passes",
         "reader_count",
         "size",
         "takes_nowait",
@@ -74,6 +75,7 @@ class Slab:
         fd: int,
         presence: Presence,
         is_durable: bool,
+        passes: bool = False,
     ) -> None:
         self.worker_id = worker_id
         self.connection = connection
@@ -85,6 +87,8 @@ class Slab:
         self.is_complete = presence.is_complete
         self.pages: bytes = presence.pages
         self.is_durable = is_durable
+        self.passes = passes
+        """The kernel may have it (`passing`)."""
         self.tell_at = 0
         """The worker is told of a reader that gets here (`reading`)."""
         self.takes_nowait = True
@@ -164,6 +168,15 @@ class Slab:
     async def sync(self) -> bool:
         """fdatasync by the worker; False: its tier is not durable."""
         return await self.connection.call(worker_ops.SyncContainer(self.lock_id))
+
+    def write_no_more(self) -> None:
+        """Keep it for reading only: the worker seals nothing that somebody may write to. OSError."""
+        if self.fd >= 0:
+            readonly = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.dup2(readonly, self.fd, inheritable=False)
+            finally:
+                os.close(readonly)
 
     def reader_done(self) -> None:
         """Someone who raised `reader_count` uses the descriptor no longer."""
@@ -258,11 +271,16 @@ class SlabCache:
             fd,
             attached.presence,
             attached.is_durable,
+            attached.passes,
         )
         if layout.home:
             slab.is_complete = True  # An open container is whole at its home, whatever its size is.
         self._used[container] = slab
         return slab
+
+    def has_idle(self, container: int) -> bool:
+        """It was open here a moment ago."""
+        return container in self._idle
 
     def may_take_fd(self) -> bool:
         """There is a descriptor for one more slab, after letting go of one that nobody has open."""

@@ -77,6 +77,8 @@ class Writing:
         self._core = core
         self._layout = layout
         self.is_empty = is_empty
+        self.emptied: tuple[int, int] = (0, 0)
+        """Container and size of what an emptied file was, whose slab its readers may have open."""
         self.is_joined = layout.is_joined
         self.is_shared = layout.is_joined
         """Other sessions write to it too, as far as this client has heard."""
@@ -86,8 +88,14 @@ class Writing:
         """While begun; its connection and lock id are those to use."""
         self.result: WriteEnd | None = None
         self.is_ending = False
+        self.may_pass = False
+        """The kernel may be given the slab, to write to it itself."""
+        self.is_passing = False
+        """It was: what it writes is known from the slab alone, and its bytes are not reserved."""
         self.is_uncommitted = True
         """Size or mtime changed since the master was told."""
+        self.told: tuple[int, int] | None = None
+        """Size and mtime as the master was told last."""
         self._size = 0 if is_empty else layout.base_size
         """Where there is no descriptor: as the home said last, and our own writes since."""
         self._written_ns = 0
@@ -223,14 +231,18 @@ class Writing:
     async def _begin_once(self, reserve_bytes: int) -> None:
         connection = await self._core.workers.connection(self.worker_id)
         layout = self._layout
+        wants_fd = connection.can_pass_fds and self._core.slabs.may_take_fd()
+        old_container, old_size = self.emptied if self.is_empty else (layout.base_container, layout.base_size)
         request = worker_ops.BeginWrite(
             self._core.session.id,
             self.container,
-            0 if self.is_empty else layout.base_container,
-            0 if self.is_empty else layout.base_size,
+            old_container,
+            old_size,
             None if self.is_empty else layout.source,
             reserve_bytes,
-            connection.can_pass_fds and self._core.slabs.may_take_fd(),
+            wants_fd,
+            passes=wants_fd and self._core.passes_writes,
+            is_emptying=self.is_empty and old_container != 0,
         )
         self._may_be_begun = True
         try:
@@ -261,6 +273,7 @@ class Writing:
             fd,
             _WHOLE,
             grant.is_durable,
+            grant.passes,
         )
         if old is not None:
             old.drop()
@@ -272,6 +285,9 @@ class Writing:
                     f"worker {self.worker_id} lost {known_size - grant.size} bytes that were being written"
                 )
         self.slab = slab
+        self.may_pass = grant.passes and fd >= 0
+        if self.is_passing:
+            slab.write_no_more()
         self._size = grant.size
         self._granted_end, self._islands = grant.granted_end, []
 
@@ -352,10 +368,13 @@ class Writing:
             log.info("container %d was begun in vain: %s", self.container, exc)
 
     async def _end_at_worker(self) -> WriteEnd:
-        dirty = None if self._dirty is None else bytes(self._dirty)
+        dirty = None if self._dirty is None or self.is_passing else bytes(self._dirty)
+        if self.may_pass and self.slab is not None and not self.is_passing:
+            self.slab.write_no_more()
         self._may_be_ended = True
+        may_revert = self.is_passing and not (self.is_empty or self.is_shared)
         try:
-            return await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty))
+            return await self._ask(lambda lock_id: worker_ops.EndWrite(lock_id, dirty, may_revert))
         except SealedMeanwhile:
             assert self.result is not None
             return self.result
@@ -388,6 +407,17 @@ class Writing:
         if not slab.connection.is_closed:
             self._core.slabs.detach(slab.connection, slab.lock_id)
         return None
+
+    def pass_on(self) -> int:
+        """For the kernel to write to itself: the slab's descriptor, for reading only (the kernel opens the
+        file anew for those who write); -1: it may not have it, or it is not begun. OSError."""
+        slab = self.slab
+        if slab is None or not self.may_pass or not slab.is_good or self.is_ending:
+            return -1
+        if not self.is_passing:
+            slab.write_no_more()
+            self.is_passing = True
+        return slab.fd
 
     # --- bytes --------------------------------------------------------------------------------------
 
@@ -428,7 +458,7 @@ class Writing:
         slab = self.slab
         assert slab is not None
         fd = slab.fd
-        is_free = not (is_append and self._appending.locked())
+        is_free = not self.is_passing and not (is_append and self._appending.locked())
         if fd >= 0 and slab.is_good and is_free and (length <= INLINE_WRITE_BYTES or not slab.is_durable):
             if is_append:
                 offset = os.fstat(fd).st_size
@@ -471,12 +501,12 @@ class Writing:
 
     async def _write_slowly(self, offset: int, data: Buffer, length: int, is_append: bool) -> int:
         slab = await self._good_slab()
-        if is_append and slab.fd >= 0:
+        if is_append and slab.fd >= 0 and not self.is_passing:
             async with self._appending:
                 slab = await self._good_slab()
-                if slab.fd >= 0:
+                if slab.fd >= 0 and not self.is_passing:
                     return await self._write_by_descriptor(slab, offset, data, length, is_append)
-        if slab.fd < 0:
+        if slab.fd < 0 or self.is_passing:
             return await self._write_remote(offset, data, length, is_append)
         return await self._write_by_descriptor(slab, offset, data, length, is_append)
 
@@ -489,6 +519,8 @@ class Writing:
             length = await self._reserve(offset, length)
             data = memoryview(data)[:length]
             slab = await self._good_slab()
+            if self.is_passing:
+                return await self._write_remote(offset, data, length, is_append)
         if length <= INLINE_WRITE_BYTES or not slab.is_durable:
             return self._write_now(slab.fd, offset, data, is_append)
         slab.reader_count += 1  # The descriptor stays open, whatever happens to the slab.

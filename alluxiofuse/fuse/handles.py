@@ -18,6 +18,7 @@ import trio
 from alluxiofuse.client.filesystem import OpenFile
 from alluxiofuse.errors import FsError, StaleError
 from alluxiofuse.fuse.memory import IS_DIRECTORY, KILLS_PRIVILEGES, HandleRecord, Memory
+from alluxiofuse.fuse.passthrough import ORDINARY, Mode
 from alluxiofuse.wire.types import DirEntry
 
 
@@ -32,6 +33,7 @@ class FileHandle:
     kills_privileges: bool = False
     """Writing by it takes set-user-id and the like away, and the kernel leaves that to us."""
     is_written: bool = False
+    mode: Mode = ORDINARY
 
     @property
     def record(self) -> HandleRecord:

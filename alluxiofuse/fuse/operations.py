@@ -22,6 +22,7 @@ from alluxiofuse.fuse.guard import Troubles, errno_of, guarded, guarded_by_inode
 from alluxiofuse.fuse.handles import REOPEN_FLAGS, DirHandle, FileHandle, HandleTable
 from alluxiofuse.fuse.invalidation import Kernel
 from alluxiofuse.fuse.memory import Memory
+from alluxiofuse.fuse.passthrough import NewInfo, Passthrough, plain_info
 from alluxiofuse.fuse.view import KernelView
 from alluxiofuse.fuse.xattrs import XattrNames, check_name, visible
 from alluxiofuse.ids import MAX_NAME_BYTES, ROOT_INO
@@ -67,6 +68,7 @@ class Operations(pyfuse3.Operations):
         reply_entry: ReplyEntry = pyfuse3.readdir_reply,
         new_attributes: Callable[[], pyfuse3.EntryAttributes] = pyfuse3.EntryAttributes,
         memory: Memory | None = None,
+        new_info: NewInfo = plain_info,
     ) -> None:
         super().__init__()
         self.fs = fs
@@ -81,9 +83,11 @@ class Operations(pyfuse3.Operations):
         self._parents: dict[int, int] = {}
         """Of directories that were looked up or listed: `..` of a listing, no more."""
         self._kernel = kernel
+        self.passthrough = Passthrough()
         self.maps_direct_io = False
         """The kernel lets programs map files that were opened for direct I/O (set by the driver)."""
         self._reply_entry = reply_entry
+        self._new_info = new_info
 
     def _void(self, ino: int | None) -> None:
         self._xattrs.void(ino)
@@ -338,7 +342,7 @@ class Operations(pyfuse3.Operations):
             # Its home makes the attributes of a file void at once, but this one is written through the
             # kernel that caches them; of others that join in, the watch tells.
             answer.attr_timeout = answer.entry_timeout
-        return self._opened(attr.ino, flags, file, ctx), answer
+        return await self._opened(attr.ino, flags, file, ctx), answer
 
     @guarded_by_inode
     async def open(self, inode: int, flags: int, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
@@ -348,15 +352,23 @@ class Operations(pyfuse3.Operations):
         if flags & os.O_TRUNC:
             self.view.emptied(ino)
             self._changed(ino)
-        return self._opened(ino, flags, file, ctx)
+        return await self._opened(ino, flags, file, ctx)
 
-    def _opened(self, ino: int, flags: int, file: OpenFile, ctx: pyfuse3.RequestContext) -> pyfuse3.FileInfo:
+    async def _opened(
+        self, ino: int, flags: int, file: OpenFile, ctx: pyfuse3.RequestContext
+    ) -> pyfuse3.FileInfo:
         # Through its page cache the kernel sends what crosses a page that it has not read in two writes,
         # and what another mount appends could come between.
         is_direct = file.is_append and file.is_writer and (not file.is_reader or self.maps_direct_io)
-        handle = FileHandle(ino, flags & REOPEN_FLAGS, file, ctx.pid, is_direct and ctx.uid != 0)
-        fh = self.files.add(handle)
-        return pyfuse3.FileInfo(fh=fh, keep_cache=file.keep_cache, direct_io=is_direct)
+        try:
+            mode = await self.passthrough.opened(ino, file.pass_on, is_direct=is_direct)
+        except BaseException:
+            await file.release()
+            raise
+        kills_privileges = mode.is_direct and file.is_writer and ctx.uid != 0
+        fh = self.files.add(FileHandle(ino, flags & REOPEN_FLAGS, file, ctx.pid, kills_privileges, mode=mode))
+        keep_cache = file.keep_cache and not mode.backing_id
+        return self._new_info(fh, keep_cache, mode)
 
     def _warn_kernel(self, attr: Attr, flags: int) -> None:
         """What is opened has other attributes than the kernel was told: it must ask again, even if the
@@ -401,18 +413,30 @@ class Operations(pyfuse3.Operations):
     async def _kill_privileges(self, handle: FileHandle) -> None:
         """What file_remove_privs does in the kernel for writes that are not direct: set-user-id, set-group-id
         of what the group may execute, and file capabilities go with the first byte of an ordinary user."""
-        ino, mode = handle.ino, stat.S_IMODE(handle.file.attr.mode)
-        killed = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+        ino, mode = handle.ino, handle.file.attr.mode
         if not handle.is_written:
             names = self._xattrs.get(ino)
             if _CAPABILITIES in (await self._xattr_names(ino) if names is None else names):
                 await self.fs.removexattr(SUPERUSER, ino, _CAPABILITIES)
                 self._xattrs_changed(ino)
         handle.is_written = True
-        if killed == mode:
-            return
-        await self.fs.setattr(SUPERUSER, ino, mode=killed)
-        self._changed(ino)
+        await self._kill_set_id(ino, mode)
+
+    @guarded_by_inode
+    async def kill_set_id(self, inode: int) -> int:
+        """The kernel leaves it to us, and says when. The new mode."""
+        ino = self.view.ours(inode)
+        return await self._kill_set_id(ino, (await self.fs.getattr(ino)).mode)
+
+    async def _kill_set_id(self, ino: int, mode: int) -> int:
+        killed = mode & ~(stat.S_ISUID | (stat.S_ISGID if mode & stat.S_IXGRP else 0))
+        if killed != mode:
+            await self.fs.setattr(SUPERUSER, ino, mode=stat.S_IMODE(killed))
+            self._changed(ino)
+            self._void_attributes(ino)
+        return killed
+
+    def _void_attributes(self, ino: int) -> None:
         if self._kernel is not None:
             self._kernel.invalidate_inode(self.view.kernels(ino), True)
 
@@ -430,6 +454,7 @@ class Operations(pyfuse3.Operations):
     async def release(self, fh: int) -> None:
         handle = self.files.pop(fh)
         if handle is not None:
+            self.passthrough.released(handle.ino, handle.mode)
             await handle.file.release()
 
     async def drop_unanswered(self, unique: int) -> None:

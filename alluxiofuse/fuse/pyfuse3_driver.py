@@ -11,6 +11,7 @@ from alluxiofuse.errors import UserError
 from alluxiofuse.fuse.invalidation import PyFuse3Kernel
 from alluxiofuse.fuse.mountopts import MountOptions
 from alluxiofuse.fuse.operations import Operations
+from alluxiofuse.fuse.passthrough import plain_info
 
 IDLE_TASKS = 8
 """Tasks that wait for a request; when all are busy another is started (docs/fuse.md: measured)."""
@@ -24,6 +25,7 @@ class PyFuse3Driver:
     name = "pyfuse3"
     reply_entry = staticmethod(pyfuse3.readdir_reply)
     new_attributes = pyfuse3.EntryAttributes
+    new_info = staticmethod(plain_info)
     max_read_bytes = 1 << 20
 
     def __init__(self) -> None:

@@ -22,8 +22,10 @@ from alluxiofuse.fuse import mountpoint as mountpoints
 from alluxiofuse.fuse.invalidation import Invalidator, Kernel
 from alluxiofuse.fuse.keeping import Kept
 from alluxiofuse.fuse.mountopts import MountOptions
+from alluxiofuse.fuse.native.device import why_no_passthrough
 from alluxiofuse.fuse.native.driver import NativeDriver
 from alluxiofuse.fuse.operations import Operations, ReplyEntry
+from alluxiofuse.fuse.passthrough import NewInfo
 from alluxiofuse.fuse.pyfuse3_driver import PyFuse3Driver
 from alluxiofuse.fuse.takeover import take_over
 
@@ -92,6 +94,9 @@ class Driver(Protocol):
     def new_attributes(self) -> Callable[[], pyfuse3.EntryAttributes]: ...
 
     @property
+    def new_info(self) -> NewInfo: ...
+
+    @property
     def max_read_bytes(self) -> int:
         """The kernel asks for no more at once."""
 
@@ -112,7 +117,10 @@ def choose_driver(options: MountOptions) -> tuple[Driver, str]:
     """And why."""
     if options.session == "native":
         return NativeDriver(), "asked for"
-    return PyFuse3Driver(), "asked for" if options.session == "pyfuse3" else "the default"
+    if options.session == "pyfuse3":
+        return PyFuse3Driver(), "asked for"
+    reason = why_no_passthrough()
+    return (PyFuse3Driver(), reason) if reason else (NativeDriver(), "passthrough is possible")
 
 
 class _Session:
@@ -136,6 +144,7 @@ class _Session:
             reply_entry=self._driver.reply_entry,
             new_attributes=self._driver.new_attributes,
             memory=None if kept is None else kept.memory,
+            new_info=self._driver.new_info,
         )
         self._invalidator = Invalidator(kernel, self._operations.view.reset)
         self._ended = trio.Event()

@@ -7,11 +7,13 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import shutil
 import socket
 import subprocess
 from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
 
 from alluxiofuse.errors import UserError
 from alluxiofuse.fuse.mountopts import MountOptions
@@ -37,6 +39,7 @@ FSTYPE = "fuse.alluxiofuse"
 
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
 _KERNEL_PAGE_BYTES = 4096
+_CAP_SYS_ADMIN = 21
 
 
 def _make_pipe() -> tuple[int, int]:
@@ -57,6 +60,17 @@ def max_read_bytes() -> int:
     for end in pipe:
         os.close(end)
     return min(abi.MAX_WRITE, max(size - _KERNEL_PAGE_BYTES, 32 * _KERNEL_PAGE_BYTES))
+
+
+def why_no_passthrough() -> str:
+    """In a few words; "" when nothing is known that speaks against it."""
+    version = [int(part) for part in re.findall(r"\d+", os.uname().release)[:2]]
+    if version < [6, 9]:
+        return f"Linux {os.uname().release} has no passthrough"
+    capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    if capabilities is None or not int(capabilities[1], 16) >> _CAP_SYS_ADMIN & 1:
+        return "passthrough needs CAP_SYS_ADMIN"
+    return ""
 
 
 class Ended(Exception):
@@ -123,6 +137,15 @@ class Device:
         """May wait in the kernel for requests on the same inode: never in the thread that answers.
         OSError: ENOENT the kernel does not know the inode or name."""
         os.write(self.fd, message)
+
+    def open_backing(self, fd: int) -> int:
+        """See `passthrough.BackingDevice`. EPERM: not negotiated, or CAP_SYS_ADMIN is missing; ELOOP: the
+        file is on a filesystem that is itself stacked."""
+        argument = bytearray(abi.BACKING_MAP.pack(fd, 0, 0))
+        return int(fcntl.ioctl(self.fd, abi.IOC_BACKING_OPEN, argument, True))
+
+    def close_backing(self, backing_id: int) -> None:
+        fcntl.ioctl(self.fd, abi.IOC_BACKING_CLOSE, bytearray(backing_id.to_bytes(4, "little")), True)
 
     def close(self) -> None:
         """If nobody else has it, the mount is dead from now on."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import errno
 import logging
 import os
+import stat
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from alluxiofuse.client.reading import InSlab
 from alluxiofuse.fuse.memory import MAX_LISTED_BYTES
@@ -15,12 +16,16 @@ from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Fattr, Fopen, Op
 from alluxiofuse.fuse.native.messages import Listing, Request
 from alluxiofuse.fuse.operations import Operations
+from alluxiofuse.fuse.passthrough import BackingDevice, Mode
 
 log = logging.getLogger("alluxiofuse.fuse")
 
 Buffer = bytes | bytearray | memoryview
 Payload = Buffer | InSlab | None
 """None: no answer at all."""
+_CHANGES = Fattr.MODE | Fattr.UID | Fattr.GID | Fattr.SIZE | Fattr.CTIME
+_CHANGES |= Fattr.ATIME | Fattr.MTIME | Fattr.ATIME_NOW | Fattr.MTIME_NOW
+"""Of SETATTR."""
 SPLICE_BYTES = 64 << 10
 """Smaller reads are copied: that is cheaper than three system calls."""
 Handler = Callable[[Request], Awaitable[Payload]]
@@ -73,6 +78,14 @@ class Wanted:
         self.update_atime = bool(valid & (Fattr.ATIME | Fattr.ATIME_NOW))
         self.update_mtime = bool(valid & (Fattr.MTIME | Fattr.MTIME_NOW))
         self.update_ctime = bool(valid & Fattr.CTIME)
+
+
+class Info(NamedTuple):
+    """The answer to an open; in place of pyfuse3.FileInfo."""
+
+    fh: int
+    keep_cache: bool
+    mode: Mode
 
 
 def reply_entry(token: Any, name: bytes, entry: Any, position: int) -> bool:
@@ -139,6 +152,11 @@ class Dispatcher:
     async def drop_unanswered(self, unique: int) -> None:
         await self._ops.drop_unanswered(unique)
 
+    def pass_by(self, device: BackingDevice) -> None:
+        """The kernel takes slabs through this."""
+        self._ops.passthrough.enable(device)
+        self._ops.fs.take_slabs()
+
     # --- names ------------------------------------------------------------------------------------------
 
     async def _lookup(self, r: Request) -> Payload:
@@ -187,8 +205,14 @@ class Dispatcher:
         return messages.attr_out(await self._ops.getattr(r.nodeid, Context(r)))
 
     async def _setattr(self, r: Request) -> Payload:
+        valid = r.fields[0]
+        if valid & Fattr.KILL_SUIDGID or not valid & _CHANGES:
+            # Nothing to change: a write of somebody who may not keep them is about to come.
+            await self._ops.kill_set_id(r.nodeid)
+            if not valid & _CHANGES:
+                return messages.attr_out(await self._ops.getattr(r.nodeid, Context(r)))
         wanted = Wanted(r.fields)
-        fh = r.fields[1] if r.fields[0] & Fattr.FH else None
+        fh = r.fields[1] if valid & Fattr.FH else None
         return messages.attr_out(await self._ops.setattr(r.nodeid, wanted, wanted, fh, Context(r)))
 
     async def _access(self, r: Request) -> Payload:
@@ -247,19 +271,27 @@ class Dispatcher:
     async def _create(self, r: Request) -> Payload:
         flags, mode, _, _ = r.fields
         info, entry = await self._ops.create(r.nodeid, r.names[0], mode, flags, Context(r))
+        if r.fields[3] & abi.OPEN_KILL_SUIDGID and entry.st_mode & (stat.S_ISUID | stat.S_ISGID):
+            entry.st_mode = await self._ops.kill_set_id(entry.st_ino)
         return messages.entry_out(entry) + self._opened(info, flags)
 
     async def _open(self, r: Request) -> Payload:
-        return self._opened(await self._ops.open(r.nodeid, r.fields[0], Context(r)), r.fields[0])
+        flags, open_flags = r.fields
+        info = await self._ops.open(r.nodeid, flags, Context(r))
+        if open_flags & abi.OPEN_KILL_SUIDGID:
+            await self._ops.kill_set_id(r.nodeid)
+        return self._opened(info, flags)
 
     @staticmethod
     def _opened(info: Any, flags: int) -> bytes:
         answer = Fopen.KEEP_CACHE if info.keep_cache else 0
-        if info.direct_io:
+        if info.mode.is_direct:
             answer |= Fopen.DIRECT_IO
+        if info.mode.backing_id:
+            answer |= Fopen.PASSTHROUGH
         if flags & os.O_ACCMODE == os.O_RDONLY and not flags & os.O_TRUNC:
             answer |= Fopen.NOFLUSH
-        return abi.OPEN_OUT.pack(info.fh, answer, 0)
+        return abi.OPEN_OUT.pack(info.fh, answer, info.mode.backing_id)
 
     async def _read(self, r: Request) -> Payload:
         fh, offset, size = r.fields[:3]

@@ -25,7 +25,7 @@ from alluxiofuse.fuse.memory import Memory
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Init, Op
 from alluxiofuse.fuse.native.device import Device, Ended, max_read_bytes, mount
-from alluxiofuse.fuse.native.dispatch import Dispatcher, Handler, Payload, reply_entry
+from alluxiofuse.fuse.native.dispatch import Dispatcher, Handler, Info, Payload, reply_entry
 from alluxiofuse.fuse.native.messages import Malformed, Request
 
 log = logging.getLogger("alluxiofuse.fuse")
@@ -48,8 +48,10 @@ _WANTED = (
     | Init.ABORT_ERROR
     | Init.MAX_PAGES
     | Init.INIT_EXT
+    | Init.HANDLE_KILLPRIV_V2
     | Init.DIRECT_IO_ALLOW_MMAP
     | Init.HAS_RESEND
+    | Init.PASSTHROUGH
 )
 _INTERRUPTIBLE = frozenset(
     {Op.LOOKUP, Op.GETATTR, Op.READ, Op.READDIR, Op.READDIRPLUS, Op.GETXATTR, Op.LISTXATTR}
@@ -124,6 +126,7 @@ class NativeDriver:
     name = "native"
     reply_entry = staticmethod(reply_entry)
     new_attributes: Any = messages.Attributes
+    new_info: Any = Info
 
     def __init__(self) -> None:
         self._device: Device | None = None
@@ -144,6 +147,7 @@ class NativeDriver:
         self._is_resumed = False
         self._flags = self._minor = 0
         self._on_negotiated: Callable[[], None] = lambda: None
+        self._offers_passthrough = False
 
     @property
     def max_read_bytes(self) -> int:
@@ -190,6 +194,8 @@ class NativeDriver:
                     continue
                 if self._answer_init(device, request):
                     self._on_negotiated()
+                    if self._memory is None:  # What is passed on is not yet handed to a next daemon.
+                        self._try_passthrough(device)
                     return
         raise UserError("the kernel did not begin the FUSE session")
 
@@ -206,6 +212,7 @@ class NativeDriver:
         self._flags, self._minor = flags, minor
         assert self._dispatcher is not None
         self._dispatcher.negotiated(flags)
+        self._offers_passthrough = bool(flags & Init.PASSTHROUGH)
         answer = abi.INIT_OUT.pack(
             abi.VERSION,
             min(minor, abi.MINOR),
@@ -218,11 +225,28 @@ class NativeDriver:
             abi.MAX_PAGES,
             0,
             flags >> 32,
-            0,
+            1 if flags & Init.PASSTHROUGH else 0,
             0,
         )
         device.send(messages.header(request.unique, len(answer)), answer)
         return True
+
+    def _try_passthrough(self, device: Device) -> None:
+        """Whether the kernel takes descriptors is known when it has taken one."""
+        assert self._dispatcher is not None
+        if not self._offers_passthrough:
+            log.info("no passthrough: this kernel does not offer it (Linux 6.9 does)")
+            return
+        fd = os.memfd_create("passthrough")
+        try:
+            device.close_backing(device.open_backing(fd))
+        except OSError as exc:
+            log.info("no passthrough: %s (CAP_SYS_ADMIN is needed)", exc.strerror)
+            return
+        finally:
+            os.close(fd)
+        log.info("passthrough: the kernel itself reads and writes files that a local tier holds whole")
+        self._dispatcher.pass_by(device)
 
     # --- the loop ---------------------------------------------------------------------------------------
 
