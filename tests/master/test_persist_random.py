@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import pytest
 import trio
@@ -97,28 +99,34 @@ def flaky(place: Place, seed: int, rate: float) -> list[Flaky]:
     return made
 
 
+@contextmanager
+def ended(world: World, player: Player) -> Iterator[None]:
+    """The world is closed at the end; when something went wrong, what was done is told."""
+    try:
+        yield
+    except BaseException:
+        print("\n".join(player.done))
+        raise
+    finally:
+        world.close()
+
+
 @pytest.mark.parametrize("seed", range(int(os.environ.get("SEEDS", "6"))))
 def test_failing_under_storage(place: Place, seed: int) -> None:
     async def main() -> None:
         made = flaky(place, seed, 0.1)
         player = Player(seed)
         world = World(place.state, place.open_ufs, place.uri, {})
-        try:
-            with trio.fail_after(100):
-                async with world.running():
-                    for _ in range(OPERATIONS if not place.is_s3 else OPERATIONS // 2):
-                        player.step(world)
-                        if player.random.random() < 0.5:
-                            await trio.sleep(player.random.random() * 0.01)
-                    world.validate()
-                    await world.settle(25)
-                made[0].rate = 0.0
-                world.check_equal()
-        except BaseException:
-            print("\n".join(player.done))
-            raise
-        finally:
-            world.close()
+        with ended(world, player), trio.fail_after(100):
+            async with world.running():
+                for _ in range(OPERATIONS if not place.is_s3 else OPERATIONS // 2):
+                    player.step(world)
+                    if player.random.random() < 0.5:
+                        await trio.sleep(player.random.random() * 0.01)
+                world.validate()
+                await world.settle(25)
+            made[0].rate = 0.0
+            world.check_equal()
 
     trio.run(main)
 
@@ -157,15 +165,9 @@ def test_dying_master(place: Place, seed: int) -> None:
                     raise
                 world.close()
         world = World(place.state, place.open_ufs, place.uri, contents)
-        try:
-            with trio.fail_after(60):
-                async with world.running():
-                    await world.settle(35)
-                world.check_equal()
-        except BaseException:
-            print("\n".join(player.done))
-            raise
-        finally:
-            world.close()
+        with ended(world, player), trio.fail_after(60):
+            async with world.running():
+                await world.settle(35)
+            world.check_equal()
 
     trio.run(main)
