@@ -56,7 +56,9 @@ class Bench:
         progress("")
 
     def show(self, is_json: bool) -> None:
-        """On standard output; nothing before anything was measured."""
+        """Results on standard output, nothing before there are any; failures on standard error."""
+        for failure in self.failures:
+            print(f"bench.py: {failure}", file=sys.stderr)
         if not any(rounds for per_place in self.results.values() for rounds in per_place):
             return
         if is_json:
@@ -232,8 +234,6 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         print(f"bench.py: {error}", file=sys.stderr)
         return 1
-    for failure in bench.failures:
-        print(f"bench.py: {failure}", file=sys.stderr)
     return 1 if bench.failures else 0
 
 
