@@ -24,7 +24,7 @@ from alluxiofuse.master.records import (
 )
 from alluxiofuse.master.store import Transaction, u64
 
-_ALL_BITS = 7
+_ALL_BITS = 15
 
 
 def check_persist(check: Check) -> Iterator[None]:

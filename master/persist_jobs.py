@@ -29,6 +29,7 @@ from alluxiofuse.master.records import (
     SYNC_ATTRS,
     SYNC_CONTENT,
     SYNC_NAME,
+    SYNC_TOUCHED,
     InodeRecord,
     IntentRecord,
     SyncEntry,
@@ -204,6 +205,8 @@ class JobRunner:
             what &= ~SYNC_CONTENT
         if did & SYNC_ATTRS and entry is not None and entry.generation == generation:
             what &= ~SYNC_ATTRS
+        if did & SYNC_ATTRS:
+            what &= ~SYNC_TOUCHED
         what = what | SYNC_NAME if record.location is not None else what & ~SYNC_NAME
         if entry is None and what:
             self._log.add(tx, ino, what)
@@ -250,10 +253,17 @@ class JobRunner:
         self.arrived(job.ino, job.mount_id, path, job.generation, record.container, found)
 
     async def _set_attrs(self, job: Job) -> None:
-        record = self._store.inode(job.ino)
-        if record is None:
+        begun = self._store.transaction()
+        record, entry = begun.inode(job.ino), begun.sync_entry(job.ino)
+        if record is None or entry is None:
             return
         attrs, path = attrs_of(record), job.target
+        is_repeated = bool(entry.what & SYNC_TOUCHED)
+        if stat.S_ISREG(record.mode) and not is_repeated:
+            entry.what |= SYNC_TOUCHED
+            begun.put_sync_entry(job.ino, entry)
+            begun.commit()
+            self._at("intent committed")
 
         def change(storage: UnderStorage) -> tuple[bytes, UfsEntry]:
             return storage.stat(path).fingerprint, storage.set_attrs(path, attrs)
@@ -267,7 +277,9 @@ class JobRunner:
         self._log.recent.note(job.mount_id, path)
         now, entry = tx.inode(job.ino), tx.sync_entry(job.ino)
         if now is not None and now.parent and entry is not None:
-            if stat.S_ISREG(now.mode) and now.fingerprint == before:
+            storage = self._mounts.storage(job.mount_id)
+            is_ours = is_repeated and storage.is_touched(now.fingerprint, before, attrs.mtime_ns)
+            if stat.S_ISREG(now.mode) and (is_ours or now.fingerprint == before):
                 now.fingerprint = found.fingerprint
             self._finish(tx, job.ino, now, entry, job.generation, SYNC_ATTRS)
         tx.commit()

@@ -109,6 +109,9 @@ SYNC_ATTRS = 2
 """Mode, owner, times (stores with has_posix_attrs)."""
 SYNC_NAME = 4
 """Move it from its location to where it belongs."""
+SYNC_TOUCHED = 8
+"""Its attributes are being set there, or were when we died: a version that differs in nothing else from
+the one of `fingerprint` is ours. Only together with SYNC_ATTRS."""
 
 
 LISTED = b"d"

@@ -177,6 +177,11 @@ class UnderStorage(ABC):
     def set_attrs(self, path: bytes, attrs: UfsAttrs) -> UfsEntry:
         """Mode, owner and mtime (owner best-effort when not root). UfsNotFoundError."""
 
+    def is_touched(self, old: bytes, new: bytes, mtime_ns: int) -> bool:
+        """By two fingerprints of a file: whether all that happened in between may have been a `set_attrs`
+        with this mtime."""
+        return old == new
+
     @abstractmethod
     def rename(self, source: bytes, target: bytes) -> UfsEntry:
         """With has_atomic_rename: file or tree, replacing a file (or empty directory) at target.

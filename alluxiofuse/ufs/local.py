@@ -59,6 +59,7 @@ from alluxiofuse.ufs.local_files import (
     create_temp,
     delete_one,
     entry,
+    is_touched,
     look,
     read_range,
     remove_left_over,
@@ -263,6 +264,9 @@ class LocalUnderStorage(UnderStorage):
         with self._at(path), self._open_root() as root:
             self._set(root, path or b".", attrs)
             return self._look(root, path, path)
+
+    def is_touched(self, old: bytes, new: bytes, mtime_ns: int) -> bool:
+        return is_touched(old, new, mtime_ns)
 
     def rename(self, source: bytes, target: bytes) -> UfsEntry:
         check_new_path(source)

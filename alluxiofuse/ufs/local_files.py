@@ -30,6 +30,15 @@ def version_of(seen: os.stat_result) -> bytes:
     return _FINGERPRINT.pack(seen.st_ino, seen.st_size, mtime_ns, ctime_ns)
 
 
+def is_touched(old: bytes, new: bytes, mtime_ns: int) -> bool:
+    """The same file of the same size, last written as before or at `mtime_ns`; its ctime may differ."""
+    if len(old) != _FINGERPRINT.size or len(new) != _FINGERPRINT.size:
+        return False
+    *was, old_mtime_ns, _ = _FINGERPRINT.unpack(old)
+    *now, new_mtime_ns, _ = _FINGERPRINT.unpack(new)
+    return was == now and new_mtime_ns in (old_mtime_ns, clamp(mtime_ns))
+
+
 def clamp(time_ns: int) -> int:
     """Into 64 bits: some filesystems hold years that nanoseconds since 1970 can't."""
     return max(-_MAX_NS, min(_MAX_NS, time_ns))
