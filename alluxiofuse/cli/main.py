@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
+from typing import NoReturn
 
 import click
 
@@ -86,9 +89,27 @@ def is_mount_helper_call(arguments: Sequence[str]) -> bool:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit. No traceback reaches a user unless --debug asks for it."""
     try:
-        _main(arguments)
+        try:
+            _main(arguments)
+        finally:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # How it ends is settled.
     except KeyboardInterrupt:  # it came while the end of the command was being reported
-        sys.exit(outcome.INTERRUPTED)
+        _leave_interrupted()
+    except SystemExit as exc:
+        if exc.code == outcome.INTERRUPTED:
+            _leave_interrupted()
+        raise
+
+
+def _leave_interrupted() -> NoReturn:
+    """Without the interpreter's own end: where the signal came while it ran code that is made of text, of a
+    dataclass say, it would kill itself by SIGINT, though we have caught that (pythonrun.c,
+    unhandled_keyboard_interrupt)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for file in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            file.flush()
+    os._exit(outcome.INTERRUPTED)
 
 
 def _main(arguments: Sequence[str] | None) -> None:

@@ -7,6 +7,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -197,6 +198,26 @@ def test_ctrl_c_of_a_command(local_daemon: Start) -> None:
         assert [text.strip() for text in process.communicate()] == [b"", b""]
     finally:
         os.kill(site.daemon.pid, signal.SIGCONT)
+
+
+@pytest.mark.parametrize("entry", ["-m", "-c"])
+def test_ctrl_c_while_code_is_made(entry: str, tmp_path: Path) -> None:
+    """A signal that comes while a dataclass is built, say, is remembered by the interpreter, which then
+    kills itself at its end."""
+    program = tmp_path / "interrupted.py"
+    program.write_text(
+        "import click\n"
+        "from alluxiofuse.cli import main\n"
+        "@click.command()\n"
+        "def command():\n"
+        "    exec('raise KeyboardInterrupt')\n"
+        "main.cli.add_command(command, 'fs')\n"
+        "main.Commands.get_command = lambda self, ctx, name: command\n"
+        "main.main(['fs'])\n"
+    )
+    how = ["-m", "interrupted"] if entry == "-m" else ["-c", program.read_text()]
+    done = subprocess.run([sys.executable, *how], cwd=tmp_path, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout.strip(), done.stderr.strip()) == (130, b"", b"")
 
 
 def has_unix_peer(pid: int) -> bool:
