@@ -239,9 +239,20 @@ class Planner:
             above_intent = tx.intent(mount_id, prefix)
             if above_removal is not None and (not above_removal.is_dir or above_intent is not None):
                 return Blocked((mount_id, prefix))
+            if above_intent is not None and self._is_anothers(mount_id, prefix, above_intent):
+                return Blocked(self._who_resolves(mount_id, prefix, above_intent))
         if job.kind is Kind.MOVE_TREE:
             return self._tree_blocked(ino, mount_id, path) or self._intents_below(mount_id, job.source)
         return None
+
+    def _is_anothers(self, mount_id: int, path: bytes, intent: IntentRecord) -> bool:
+        """What may have been put at `path` is not the directory that belongs there. (Where the store has
+        none a file there is in nobody's way.)"""
+        mount = self._mounts.record(mount_id)
+        if mount is None or not self._has_directories(mount_id):
+            return False
+        found = places.resolve(self._store, mount.ino, path)
+        return found is None or found[0] != intent.ino
 
     def _tree_blocked(self, ino: int, mount_id: int, path: bytes) -> Blocked | None:
         for _, below in places.located_below(self._store, mount_id, path):

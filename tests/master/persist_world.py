@@ -328,7 +328,11 @@ class World:
 
     def check_equal(self) -> None:
         wanted, there = self.namespace_tree(), self.storage_tree()
-        assert there == wanted
+        paths = wanted.keys() | there.keys()
+        wrong = {
+            path for path in paths if path not in wanted or path not in there or wanted[path] != there[path]
+        }
+        assert not wrong, {path: (wanted.get(path, "nothing"), there.get(path, "nothing")) for path in wrong}
 
 
 class PlayedWorker:

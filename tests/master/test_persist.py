@@ -216,3 +216,33 @@ def test_local_attributes(local_place: Place) -> None:
                 assert world.storage.stat(path.encode()).fingerprint == world.record(path).fingerprint
 
     trio.run(main)
+
+
+def test_what_may_be_above_is_looked_at_first(local_place: Place) -> None:
+    """A file was being uploaded when the master died; its name is a directory's now. Nothing is put below
+    that before it is known what became of the file."""
+
+    async def main() -> None:
+        contents: dict[int, bytes] = {}
+        async with life(local_place, contents) as world:
+            begun = trio.Event()
+
+            async def hold(_: object) -> None:
+                begun.set()
+                await trio.sleep_forever()
+
+            world.worker.gate = hold
+            async with world.running():
+                world.write("c", b"content")
+                await begun.wait()
+        async with life(local_place, contents) as world, world.running():
+            world.rename("c", "e")
+            world.mkdir("c")
+            world.write("c/empty", b"")
+            await trio.sleep(0.5)
+            world.remove("e")
+            world.validate()
+            await world.settle()
+            world.check_equal()
+
+    trio.run(main)
