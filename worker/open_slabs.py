@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 from alluxiofuse.errors import StateError
@@ -181,7 +182,6 @@ class OpenSlabs(Table):
         container = slab.container
         path = self.path(slab)
         old_path = slab_path(slab.directory.root, base.container)
-        os.utime(path, ns=(base.mtime_ns, base.mtime_ns))
         record = self._record(slab)
         record.state, record.was, record.passes = base.state, container, False
         has_record = bool(slab.present) or base.state != CLEAN
@@ -201,6 +201,8 @@ class OpenSlabs(Table):
                 self._unlink(old_path)
                 raise
             self.old_names[path] = None
+        with contextlib.suppress(OSError):
+            os.utime(old_path, ns=(base.mtime_ns, base.mtime_ns))
         del self.by_container[container]
         self.writing.discard(slab)
         slab.container, slab.state = base.container, base.state

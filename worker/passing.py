@@ -123,9 +123,10 @@ class Passing:
             inode = found.st_dev, found.st_ino
             self._brake.watch(path)
             self._watched[inode], self._inodes[slab] = slab, inode
-            if directory in self._pressed or directory.available < HEADROOM_BYTES:
+            if directory in self._pressed:
                 self._brake.press(path)
-                self._pressed.add(directory)
+            elif directory.available < HEADROOM_BYTES:
+                self._press(directory)
         except OSError as exc:
             log.info("what kernels write in %s can't be braked: %s", directory.root, exc.strerror)
             self._without_brake.add(directory)

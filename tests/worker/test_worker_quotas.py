@@ -208,6 +208,22 @@ async def test_the_brake_is_off_with_room_enough_and_comes_on_in_time(
 
 
 @trio_test
+async def test_the_brake_comes_on_for_all_when_one_more_begins_with_little_room(
+    tmp_path: Path, brake: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(passing, "HEADROOM_BYTES", 24 * MB)
+    async with small(tmp_path, 40 * MB) as world:
+        first, path = await _begun(world, 50)
+        await world.write_new(pattern(20 * MB))
+        second, _ = await _begun(world, 51)
+        monkeypatch.setattr(growth, "PATIENCE_S", 0.1)
+        assert (await program(WRITER, path, 0, 100 * MB, MB))[1] == "No space left on device"
+        assert world.slabs.tiers.directories[0].used <= 40 * MB
+        await _ended(world, first)
+        await _ended(world, second)
+
+
+@trio_test
 async def test_room_is_made_ahead_of_what_kernels_write(
     tmp_path: Path, brake: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
