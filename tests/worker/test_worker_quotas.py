@@ -212,8 +212,10 @@ async def test_the_brake_comes_on_for_all_when_one_more_begins_with_little_room(
     tmp_path: Path, brake: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(passing, "HEADROOM_BYTES", 24 * MB)
+    monkeypatch.setattr(passing, "MIN_PAUSE_S", 30.0)  # No look in between.
     async with small(tmp_path, 40 * MB) as world:
         first, path = await _begun(world, 50)
+        await world.heartbeats()
         await world.write_new(pattern(20 * MB))
         second, _ = await _begun(world, 51)
         monkeypatch.setattr(growth, "PATIENCE_S", 0.1)
