@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def check_all(root: Path, said: list[str]) -> None:
 def test_kill_while_kernels_write(tmp_path: Path, seed: int) -> None:
     """The content is there as it was before the step that was cut off, or as after it; what was opened in
     vain is as before, under the old id or the new one; what is emptied shows none of the old bytes."""
-    if trouble := openers.trouble_with(str(tmp_path)):
+    trouble = openers.trouble_with(str(tmp_path))
+    if trouble and os.environ.get("CI") != "true":
         pytest.skip(trouble)
     chance = random.Random(seed)
     for life in range(3):
