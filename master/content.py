@@ -355,8 +355,10 @@ class Content:
             self._seal(tx, ino, record)
         tx.put_inode(ino, record)
         attr = self._namespace.attr(ino, record)
-        tx.commit(attr)
-        self._persist_log.wake()
+        # Of what is still open the home knows size and time, and seals it when we have forgotten them.
+        tx.commit(attr, is_recoverable=not is_sealed and record.home != 0)
+        if is_sealed:
+            self._persist_log.wake()
         self._events.publish(session_id, Event(EVENT_DATA, ino))
         return attr
 

@@ -22,6 +22,8 @@ class Log(Protocol):
     commit_count: int
     synced_count: int
     """Of the commits; set by `sync`."""
+    needed_count: int
+    """The newest commit that fsync(2) waits for."""
 
     def sync(self) -> None: ...
 
@@ -33,16 +35,29 @@ class Durability:
         self._log = log
         self._round: trio.Event | None = None
         """Set when the fsync under way ends."""
+        self.hurried = trio.Event()
+        """Somebody will wait soon: whoever syncs now and then does it now, and replaces this."""
 
     @property
     def is_durable(self) -> bool:
         """All commits so far are."""
         return self._log.synced_count >= self._log.commit_count
 
-    async def wait(self, gather_s: float = 0.0) -> None:
-        """Until all commits so far are durable; `gather_s` may pass first, so that one fsync serves
-        many. StateError: the log can't be synced. If cancelled, an fsync that was begun ends first."""
+    def begin(self) -> int:
+        """For fsync(2): the commit to wait for, which begins to become durable; 0: all that matters is."""
+        log = self._log
+        if log.synced_count >= log.needed_count:
+            return 0
+        self.hurried.set()
+        return log.needed_count
+
+    async def wait(self, gather_s: float = 0.0, upto: int = 0) -> None:
+        """Until all commits so far (those up to number `upto`) are durable; `gather_s` may pass first, so
+        that one fsync serves many. StateError: the log can't be synced. If cancelled, an fsync that was
+        begun ends first."""
         log, wanted = self._log, self._log.commit_count
+        if upto:
+            wanted = min(upto, wanted)  # numbers of an earlier life may be larger
         if gather_s and log.synced_count < wanted:
             await trio.sleep(gather_s)
         while log.synced_count < wanted:

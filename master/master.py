@@ -113,7 +113,16 @@ class Master:
             namespace, changes, sessions, replies, workers, persist_log, events, config.block_bytes
         )
         self.workers = workers
-        self.persister = Persister(store, mounts, persist_log, workers, loader, clock, config)
+        self.persister = Persister(
+            store,
+            mounts,
+            persist_log,
+            workers,
+            loader,
+            clock,
+            config,
+            change_count=lambda: replies.change_count,
+        )
         self._management = Management(
             Parts(
                 namespace,
@@ -177,10 +186,13 @@ class Master:
     async def _sync_log(self) -> None:
         while True:
             await self._committed.wait()
-            await trio.sleep(SYNC_AFTER_S)
+            durability = self.store.durability
+            with trio.move_on_after(SYNC_AFTER_S):
+                await durability.hurried.wait()
             self._committed = trio.Event()
+            durability.hurried = trio.Event()
             try:
-                await self.store.durability.wait()
+                await durability.wait()
             except StateError:
                 pass  # logged; opening the store again writes all of it anew
 

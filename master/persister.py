@@ -23,6 +23,7 @@ from alluxiofuse.master.persist_intake import Intake
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
 from alluxiofuse.master.persist_lanes import Lanes
 from alluxiofuse.master.persist_log import Key, PersistLog
+from alluxiofuse.master.persist_pace import SAMPLE_S, Pace
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
 from alluxiofuse.master.persist_removals import more_removals
@@ -47,6 +48,8 @@ _NO_STORE_KINDS = {Kind.SETTLE, Kind.RESOLVE_PUT}
 """Jobs that do not ask the under storage."""
 ROUND_S = 0.01
 """Least time between two looks at what is due."""
+DELAYS_TO_GIVE_WAY = 10
+"""For how many times `persist_delay_s` it gives way to busy programs."""
 BLOCKED_RETRY_S = 5.0
 ORPHAN_RETRY_S = 1.0
 WORKER_PATIENCE_S = 10.0
@@ -64,10 +67,12 @@ class Persister:
         clock: Clock,
         config: MasterConfig,
         *,
+        change_count: Callable[[], int] = lambda: 0,
         first_retry_s: float = 0.2,
         at: Callable[[str], None] = lambda point: None,
     ) -> None:
-        """`at` is called at named points (failure injection of tests)."""
+        """`change_count()`: changes that programs asked for so far. `at` is called at named points (failure
+        injection of tests)."""
         self._store = store
         self._log = persist_log
         self._workers = workers
@@ -75,6 +80,10 @@ class Persister:
         self._built_s = clock.monotonic()
         self._config = config
         self._at = at
+        self._change_count = change_count
+        self._pace = Pace(DELAYS_TO_GIVE_WAY * config.persist_delay_s)
+        self._gives_way = False
+        """To programs, in this round."""
         self._locks = PathLocks()
         self._queue = ReadyQueue()
         self._intake = Intake(store, persist_log, self._queue, self._locks, config.persist_delay_s)
@@ -227,9 +236,14 @@ class Persister:
         """Nothing happens while the store can't be written; its entries stay."""
         if self._store.is_failed:
             return
+        is_hurried = bool(self._hurried or self._waiters)
+        self._gives_way = (
+            self._pace.gives_way(self._clock.monotonic(), self._change_count()) and not is_hurried
+        )
         try:
             self._intake.take_in(self._clock.monotonic(), self._hurried)
-            self._start_due(nursery)
+            if not self._gives_way:
+                self._start_due(nursery)
         except StateError:
             self._log.is_overflowed = True  # the entry that was being looked at is found by scanning
         self._watch_uploads()
@@ -237,6 +251,8 @@ class Persister:
     def _pause_s(self) -> float:
         if self._store.is_failed:
             return 1.0
+        if self._gives_way:
+            return SAMPLE_S
         now = self._clock.monotonic()
         most_s = 1.0 if self._uploads else 60.0
         dues = (self._queue.next_due_s, self._lanes.next_due_s(now))

@@ -38,6 +38,8 @@ class Replies:
         """Sessions whose answers are still to be deleted."""
         self._is_old_swept = False
         self._result_types: dict[type[Change[Any]], Any] = {}
+        self.change_count = 0
+        """Changes that were asked for."""
         self.repeated_count = 0
         """Requests that were answered with a kept answer."""
 
@@ -51,6 +53,7 @@ class Replies:
         """`step(request)`, unless it was carried out before: then `restore(request, answer)`, which does
         what a new life of the master, or a client that came back, does not know of. SessionExpiredError:
         nothing was done, and nothing is known of earlier times."""
+        self.change_count += 1
         session = self._sessions.of(request.session_id, peer)
         if not request.request_id:
             return step(request)

@@ -102,6 +102,7 @@ class MasterService(Service):
             master_ops.SessionHeartbeat: self._of_session(self._session_heartbeat),
             master_ops.CloseSession: self._of_session(self._close_session),
             master_ops.Watch: self._of_session(self._watch),
+            master_ops.BeginSync: _plain(self._begin_sync),
             master_ops.SyncMetadata: _plain(self._sync_metadata),
             master_ops.StatFs: _plain(self._statfs),
         }
@@ -242,8 +243,11 @@ class MasterService(Service):
         answer.state = self._state.mark()
         return answer
 
+    def _begin_sync(self, req: master_ops.BeginSync) -> int:
+        return self._store.durability.begin()
+
     async def _sync_metadata(self, req: master_ops.SyncMetadata) -> Nothing:
-        await self._store.durability.wait()
+        await self._store.durability.wait(upto=req.upto)
         return NOTHING
 
     def _statfs(self, req: master_ops.StatFs) -> FsUsage:

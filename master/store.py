@@ -83,6 +83,8 @@ class Store:
         self.commit_count = 0
         self.synced_count = 0
         """How many of the commits are on the disk."""
+        self.needed_count = 0
+        """The newest commit that is not recovered from elsewhere if it is lost with the machine."""
         self.durability = Durability(self)
         self.on_commit: list[Callable[[], None]] = []
         """Called after every commit, while it is in the log of the operating system only."""
@@ -214,9 +216,9 @@ class Store:
         self._reserved[counter] = (at + 1, end)
         return at
 
-    def commit(self, batch: WriteBatch) -> None:
+    def commit(self, batch: WriteBatch, *, is_recoverable: bool = False) -> None:
         """Every change of the master's state passes here, atomically. StateError (ENOSPC, EIO): it has
-        not happened."""
+        not happened. `is_recoverable`: should it be lost with the machine, a worker brings it again."""
         if self._trouble is not None:
             raise self._copy_of(self._trouble)
         try:
@@ -224,6 +226,8 @@ class Store:
         except Exception as exc:  # rocksdict raises bare Exception
             raise self._failed(exc) from None
         self.commit_count += 1
+        if not is_recoverable:
+            self.needed_count = self.commit_count
         for callback in self.on_commit:
             callback()
 
@@ -421,9 +425,10 @@ class Transaction:
     def delete_intent(self, mount_id: int, path: bytes) -> None:
         self.delete("persist", b"i" + u64(mount_id) + path)
 
-    def commit(self, answer: object = None) -> None:
+    def commit(self, answer: object = None, *, is_recoverable: bool = False) -> None:
         """Apply; the transaction is empty and usable again afterwards. StateError: nothing happened.
-        `answer`: what this change is answered with, kept in case the request comes again."""
+        `answer`: what this change is answered with, kept in case the request comes again.
+        `is_recoverable`: see `Store.commit`."""
         if answer is not None and (reply := self.store.reply) is not None:
             self.put("meta", reply[0], u64(reply[1]) + encode(answer))
         if self._writes:
@@ -436,7 +441,7 @@ class Transaction:
                     batch.put(key, value, handle[family])
             self._writes.clear()
             try:
-                self.store.commit(batch)
+                self.store.commit(batch, is_recoverable=is_recoverable)
             except StateError:
                 self._after.clear()
                 raise

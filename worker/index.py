@@ -164,6 +164,9 @@ class Index:
         self._trouble: StateError | None = None
         """Why nothing can be written at present."""
         self._owed: list[WriteBatch] = []
+        self._write_count = 0
+        self.synced_count = -1
+        """How many of the writes are on the disk; -1: it is not known."""
         self._sync_lock = threading.Lock()
         """Held by the thread that syncs, so that the index is not closed under it."""
         if is_readonly and not (directory / "CURRENT").exists():
@@ -343,15 +346,21 @@ class Index:
             self._db.write(raw)
         except Exception as exc:  # rocksdict raises bare Exception
             raise self._failed(exc) from None
+        self._write_count += 1
 
     def sync(self) -> None:
-        """fsync of the write-ahead log; blocks. Thread-safe. StateError: it may not survive the
-        machine."""
+        """fsync of the write-ahead log, unless another one has done it since the last write; blocks.
+        Thread-safe. StateError: it may not survive the machine."""
+        wanted = self._write_count
         with self._sync_lock:
             if self._trouble is not None:
                 raise self._copy_of(self._trouble)
+            if self.synced_count >= wanted:
+                return
+            count = self._write_count
             try:
                 self._db.flush_wal(True)
+                self.synced_count = count
             except Exception as exc:  # rocksdict raises bare Exception
                 raise self._failed(exc) from None
 
@@ -385,6 +394,7 @@ class Index:
             self.close()
             gc.collect()  # RocksDB's lock goes with the last reference
             self._db = Rdict(str(self.directory), options=_options())
+            self.synced_count = -1
             while self._owed:
                 self._db.write(self._owed[0])
                 del self._owed[0]

@@ -121,6 +121,10 @@ class Sealer:
         """The slab's bytes, its name, and the index that says whose it is, in this order. OSError,
         StateError."""
         path = self._slabs.path(slab)
+        if slab.state == WRITING and not slab.is_unnamed:
+            # The index has said so durably since its name was synced, and says nothing new until the seal.
+            await trio.to_thread.run_sync(os.fdatasync, fd, limiter=self._threads)
+            return
         await trio.to_thread.run_sync(
             _sync, fd, path if slab.is_unnamed else "", self._slabs, limiter=self._threads
         )

@@ -397,10 +397,12 @@ class FileSystem:
     async def sync(self) -> None:
         """sync(2), syncfs(2): all that the master has answered survives its machine, and so do files
         being written."""
+        begun = await self._ask(ops.BeginSync())
         for content in list(self._contents.values()):
             if content.writing is not None:
                 await content.fsync()
-        await self._ask(ops.SyncMetadata())
+        if begun:
+            await self._ask(ops.SyncMetadata(begun))
 
     # --- content ------------------------------------------------------------------------------------
 

@@ -122,8 +122,11 @@ class OpenFile:
 
     async def fsync(self, is_datasync: bool = False) -> None:
         """fsync(2): data on a durable tier or in the under storage, metadata on the master's disk."""
+        session = self._content.core.session
+        begun = await session.call(ops.BeginSync(), is_idempotent=True)
         await self._content.fsync()
-        await self._content.core.session.call(ops.SyncMetadata(), is_idempotent=True)
+        if begun:
+            await session.call(ops.SyncMetadata(begun), is_idempotent=True)
 
     async def release(self) -> None:
         """The last descriptor is gone. Never raises an AlluxioFuseError; what fails is logged."""

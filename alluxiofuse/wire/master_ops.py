@@ -426,10 +426,21 @@ class WaitPersisted(Request[bool]):
     wait_s: Annotated[float, Meta(ge=0, le=60)]
 
 
+class BeginSync(Request[int]):
+    """Begin to make what was acknowledged so far survive the machine, without waiting for it. Answers what
+    to wait for (`SyncMetadata.upto`); 0: nothing. Size and time of what is open for writing do not count:
+    its home has them, and tells them again when they are lost."""
+
+    OP: ClassVar[str] = "master.begin_sync"
+
+
 class SyncMetadata(Request[Nothing]):
     """fsync of the write-ahead log: all that was acknowledged survives the machine."""
 
     OP: ClassVar[str] = "master.sync_metadata"
+
+    upto: U63 = 0
+    """What was acknowledged before that BeginSync is enough; 0: all."""
 
 
 class SourceChanged(Request[Layout]):
