@@ -77,6 +77,11 @@ class PersistLog:
         """`record.container`, `size` and `held_by` are those of sealed content."""
         if not record.parent or record.is_local_only:
             return
+        entry = tx.sync_entry(ino)
+        if entry is not None and entry.what & SYNC_CONTENT and entry.intent is None:
+            # A new file: it says so already. Whether content is up to date does not depend on generations.
+            tx.after_commit(partial(self.touch, ino))
+            return
         self.add(tx, ino, SYNC_CONTENT)
 
     def attrs_changed(self, tx: Transaction, ino: int, record: InodeRecord) -> None:

@@ -322,9 +322,14 @@ class Index:
         return Batch(self)
 
     def put(self, container: int, record: SlabRecord) -> None:
-        batch = self.batch()
-        batch.put(container, record)
-        self.commit(batch)
+        """A batch of one."""
+        if self._trouble is not None:
+            raise self._copy_of(self._trouble)
+        try:
+            self._db.put(b"c" + u64(container), encode(record))
+        except Exception as exc:  # rocksdict raises bare Exception
+            raise self._failed(exc) from None
+        self._write_count += 1
 
     def commit(self, batch: Batch) -> None:
         """StateError (ENOSPC, EROFS, EIO): it has not happened, and nothing can be written until

@@ -14,6 +14,7 @@ import trio
 
 from alluxiofuse.client.core import Core
 from alluxiofuse.client.persisting import UploadPatience
+from alluxiofuse.client.quick_lock import QuickLock
 from alluxiofuse.client.slabs import Slab
 from alluxiofuse.client.writing import SealedMeanwhile, Writing
 from alluxiofuse.errors import (
@@ -53,7 +54,7 @@ class Content:
         self.layout = layout
         """Of sealed content, or of what another client writes; void while `writing`."""
         self.files: list[OpenFile] = []
-        self.lock = trio.Lock()
+        self.lock = QuickLock()
         self.writing: Writing | None = None
         self.pins: list[Slab] = []
         """Slabs that the kernel may have open: kept, whatever becomes of the content, until the last of

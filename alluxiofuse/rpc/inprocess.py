@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import trio
 
@@ -68,6 +68,28 @@ class InProcess(Connection):
         *,
         on_late: Callable[[R], None] | None = None,
     ) -> Answer[R]:
+        result = await self._ran(request, payload)
+        if type(result) is Answer:
+            if type(result.payload) is not FileRange:
+                return result
+        elif not is_awaitable(result):
+            return Answer(result)
+        return await self._finished(request, result)
+
+    async def call(self, request: Request[R], payload: Buffer = b"") -> R:
+        result = await self._ran(request, payload)
+        if type(result) is not Answer:
+            if not is_awaitable(result):
+                return cast(R, result)
+            result = await self._finished(request, result)
+        elif type(result.payload) is FileRange:
+            result = await self._finished(request, result)
+        result.close_fds()
+        return cast(R, result.result)
+
+    async def _ran(self, request: Request[Any], payload: Buffer) -> Any:
+        """A result, or an Answer as its caller gets it; for `_finished` what takes time: an Answer whose
+        payload is to be read, or an awaitable."""
         if self._is_closed:
             raise NotSentError("the connection was closed")
         self._unbroken_count += 1
@@ -78,16 +100,17 @@ class InProcess(Connection):
                 raise NotSentError("the connection was closed")
         try:
             result = self._table.run_decoded(self._peer, request, payload)
-            if type(result) is Answer:
-                if not result.fds and type(result.payload) is not FileRange:
-                    return as_answer(result)
-            elif not is_awaitable(result):
-                return Answer(result)
+            if type(result) is not Answer:
+                return result
+            if type(result.payload) is not FileRange:
+                as_answer(result)
+                if result.fds:
+                    return Answer(result.result, result.payload, duplicates(result.fds))
+            return result
         except AlluxioFuseError:
             raise
         except Exception as exc:
             raise self._table.error_of(exc, request.OP) from None
-        return await self._finished(request, result)
 
     async def _finished(self, request: Request[R], result: Any) -> Answer[R]:
         """Of a handler that awaits, or that answers with more than a result."""
