@@ -13,6 +13,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Protocol
 
+from alluxiofuse.errors import StateError
 from alluxiofuse.master import places
 from alluxiofuse.master.recent_paths import RecentPaths
 from alluxiofuse.master.records import (
@@ -161,6 +162,14 @@ class PersistLog:
 
     def on_wake(self, callback: Callable[[], None]) -> None:
         self._on_wake.append(callback)
+
+    def may_have(self, key: Key) -> bool:
+        """There is such an entry, or it can't be known now."""
+        raw = b"s" + u64(key) if isinstance(key, int) else b"r" + u64(key[0]) + key[1]
+        try:
+            return self.store.get("persist", raw) is not None
+        except StateError:
+            return True
 
     def take_touched(self) -> list[Key]:
         """Entries added or changed since the last call (also some that are gone again)."""

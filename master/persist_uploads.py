@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import stat
 from collections import OrderedDict
 from dataclasses import dataclass
 
 from alluxiofuse.master.containers import inode_of_container
+from alluxiofuse.master.persist_plan import is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS
 from alluxiofuse.master.records import InodeRecord
 from alluxiofuse.master.store import Store
@@ -55,6 +57,13 @@ class EndedTasks:
         """Whether it was told to stop before, and until when its answer is waited for."""
         is_told = task_id in self._until_s
         return is_told, self._until_s.setdefault(task_id, now + CANCEL_PATIENCE_S)
+
+
+def is_upload(record: InodeRecord | None) -> bool:
+    """What the log wants of it is an upload, as far as can be seen without planning."""
+    if record is None or not stat.S_ISREG(record.mode) or record.is_local_only:
+        return False
+    return bool(record.container and record.size and not record.home and not is_clean(record))
 
 
 def command_of(upload: Upload, record: InodeRecord) -> PersistCommand:

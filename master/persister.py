@@ -27,8 +27,8 @@ from alluxiofuse.master.persist_pace import SAMPLE_S, Pace
 from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, is_clean
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
 from alluxiofuse.master.persist_removals import more_removals
-from alluxiofuse.master.persist_uploads import EndedTasks, Upload, command_of, earlier_upload
-from alluxiofuse.master.records import INTENT_UPLOAD, IntentRecord
+from alluxiofuse.master.persist_uploads import EndedTasks, Upload, command_of, earlier_upload, is_upload
+from alluxiofuse.master.records import INTENT_UPLOAD, InodeRecord, IntentRecord
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.workers import WorkerRegistry
 from alluxiofuse.ufs.base import UfsEntry
@@ -236,12 +236,11 @@ class Persister:
         """Nothing happens while the store can't be written; its entries stay."""
         if self._store.is_failed:
             return
-        is_hurried = bool(self._hurried or self._waiters)
-        self._gives_way = (
-            self._pace.gives_way(self._clock.monotonic(), self._change_count()) and not is_hurried
-        )
+        now = self._clock.monotonic()
+        is_waited_for = bool(self._hurried or self._waiters)
+        self._gives_way = self._pace.gives_way(now, self._change_count()) and not is_waited_for
         try:
-            self._intake.take_in(self._clock.monotonic(), self._hurried)
+            self._intake.take_in(now, self._hurried)
             if not self._gives_way:
                 self._start_due(nursery)
         except StateError:
@@ -274,9 +273,13 @@ class Persister:
                 self._queue.put(key, now + ORPHAN_RETRY_S)
                 continue
             looked.add(key)
-            mount_id = self._mount_of(key)
+            record = self._store.inode(key) if isinstance(key, int) else None
+            mount_id = _mount_of(key, record)
             if mount_id and not self._lanes.is_open(mount_id, now):
                 self._queue.park(mount_id, key)
+                continue
+            if mount_id and is_upload(record) and not self._lanes.takes_upload(mount_id):
+                self._queue.park(-mount_id, key)  # before it is planned, which costs as much as its creation
                 continue
             plan = self._planner.plan(key)
             if isinstance(plan, Blocked):
@@ -287,13 +290,6 @@ class Persister:
                 self._queue.finished(key, now)
             elif isinstance(plan, Job):
                 self._start(nursery, plan, now)
-
-    def _mount_of(self, key: Key) -> int:
-        """0: of none (any more)."""
-        if not isinstance(key, int):
-            return key[0]
-        record = self._store.inode(key)
-        return 0 if record is None else record.mount_id
 
     def _wait_for(self, key: Key, blocked: Blocked, now: float) -> Plan:
         if blocked.by is None:
@@ -354,7 +350,10 @@ class Persister:
         """A job ended: look at its entry again, and at those that waited for it."""
         now = self._clock.monotonic()
         self._locks.release(key)
-        self._queue.advance(key, now + (retry_s or 0.0))
+        if retry_s is None and not self._log.may_have(key):
+            self._forget(key)
+        else:
+            self._queue.advance(key, now + (retry_s or 0.0))
         self._queue.finished(key, now)
         if isinstance(key, int):
             waiter = self._waiters.pop(key, None)
@@ -500,6 +499,13 @@ class Persister:
             return f"removal of {show(key[1])}"
         record = self._store.inode(key)
         return f"inode {key}" if record is None else show(places.namespace_path(self._store, key, record))
+
+
+def _mount_of(key: Key, record: InodeRecord | None) -> int:
+    """0: of none (any more)."""
+    if not isinstance(key, int):
+        return key[0]
+    return 0 if record is None else record.mount_id
 
 
 Plan = Job | Blocked | Waits | None
