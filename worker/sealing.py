@@ -125,10 +125,11 @@ class Sealer:
             # The index has said so durably since its name was synced, and says nothing new until the seal.
             await trio.to_thread.run_sync(os.fdatasync, fd, limiter=self._threads)
             return
+        is_emptied = not slab.must_empty  # or its record is written once more
         await trio.to_thread.run_sync(
             _sync, fd, path if slab.is_unnamed else "", self._slabs, limiter=self._threads
         )
-        if path == self._slabs.path(slab):
+        if path == self._slabs.path(slab) and is_emptied:
             slab.is_unnamed = False
 
     def is_punching(self, slab: Slab) -> bool:
