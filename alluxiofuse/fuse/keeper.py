@@ -41,6 +41,13 @@ def say(text: str) -> None:
         pass  # nobody is left to be told
 
 
+def stand_apart() -> None:
+    """Of a daemon: Ctrl-C is the keeper's to pass on, once. In the same session, though: the kernel schedules
+    another one's processes as another user's (autogroups), and each request would wait for its turn."""
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTTOU, signal.SIG_IGN)  # What it has to say it says to the terminal, as before.
+
+
 class Keeper:
     def __init__(self, sock: int, memory: int, child: int, directory: str, command: list[str]) -> None:
         self.sock = _socket.socket(fileno=sock)
@@ -229,8 +236,8 @@ class Keeper:
         self.sock = ours
 
     def become_daemon(self, sock: int, keeper: int) -> None:
-        os.setsid()
         signal.set_wakeup_fd(-1)
+        stand_apart()
         mount = os.fsdecode(self.mountpoint)
         inside = self.directory == mount or self.directory.startswith(mount.rstrip("/") + "/")
         try:
@@ -248,13 +255,16 @@ class Keeper:
         if os.geteuid() != 0:
             command = ["fusermount3", "-u", "-z", "--", self.name]
         path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
-        child = os.fork()
-        if not child:
+        for _ in range(3):
+            child = os.fork()
+            if child:
+                if os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) >= 0:
+                    return  # Else somebody has killed it.
+                continue
             try:
                 os.execvpe(command[0], command, {**os.environ, "PATH": path})  # noqa: S606
             finally:
                 os._exit(127)
-        os.waitpid(child, 0)
 
     # --- upgrades -------------------------------------------------------------------------------------
 

@@ -94,7 +94,7 @@ def begin(program: Sequence[str], arguments: Sequence[str], directory: str = "")
     child = os.fork()
     if not child:
         theirs.close()
-        os.setsid()  # Ctrl-C is the keeper's to pass on, once.
+        keeper.stand_apart()
         return Kept(ours.detach(), memory, -1, pid)
     for fd in (theirs.fileno(), memory):
         os.set_inheritable(fd, True)

@@ -123,7 +123,8 @@ class Appends(Load):
         return (b"%09d " % number) * (size // 10) + b"%09d\n" % number
 
     def work(self) -> None:
-        size = self.random.choice([20, 1000, 5000, 200_000])
+        time.sleep(0.005)  # The tier has room for so much only.
+        size = self.random.choice([20, 1000, 5000] * 10 + [200_000])
         record = self.record(self.rounds, size)
         assert os.write(self.fd, record) == len(record)
         self.sizes.append(size)

@@ -209,6 +209,8 @@ class NativeDriver:
             device.send(messages.failure(request.unique, errno.EPROTO))
             raise UserError(f"the kernel's FUSE protocol {major}.{minor} is too old")
         flags = int(_WANTED) & offered
+        if self._memory is not None:
+            flags &= ~Init.PASSTHROUGH  # Which backing an inode has is not handed on to the next daemon yet.
         self._flags, self._minor = flags, minor
         assert self._dispatcher is not None
         self._dispatcher.negotiated(flags)
