@@ -306,6 +306,9 @@ class Content:
                 return self._namespace.attr(req.ino, record)  # A repetition; the next writing has begun.
             raise StaleError(f"the content of inode {req.ino} was replaced meanwhile")
         if not record.home:  # Sealed already: a repetition, or the worker's word came first.
+            if req.is_sealed and not req.is_unbegun and req.mtime_ns and req.size != record.size:
+                # The worker had evicted it since, and took the writer for the first one.
+                raise StaleError(f"the content of inode {req.ino} had been sealed with another size")
             return self._namespace.attr(req.ino, record)
         if req.is_abandoned:
             if self._sessions.end_writer(req.session_id, req.ino):

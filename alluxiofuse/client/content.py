@@ -272,8 +272,8 @@ class Content:
         writing = Writing(self.core, layout, is_empty=is_empty)
         if is_empty and not self.layout.home:
             writing.emptied = self.layout.container, self.layout.size
-        # News may overtake the answer.
-        writing.is_shared = writing.is_shared or heard != self.data_event_count
+        if heard != self.data_event_count:
+            writing.doubt()  # News may overtake the answer.
         self.drop_slab()
         self.start(writing)
         pages = self.core.kernel_pages

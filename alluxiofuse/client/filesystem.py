@@ -186,13 +186,15 @@ class FileSystem:
             if event.kind == EVENT_DATA:
                 content.data_event_count += 1
                 if content.writing is not None:
-                    content.writing.is_shared = True
+                    content.writing.doubt()
 
     def all_changed(self) -> None:
         self._core.kernel_pages.clear()
         self._core.recent.clear()
         for content in self._contents.values():
             content.is_stale = True
+            if content.writing is not None:
+                content.writing.doubt()
 
     async def settle(self) -> None:
         await self._core.slabs.send_detaches()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -58,6 +59,9 @@ LOOK_S = 1.0
 MAX_SEARCH_BYTES = 16 << 20
 """How far an append is looked for that may have been done before."""
 _RETRY_S = 0.1
+CONFIRMED_S = 0.25
+"""How long the master's word that a container is open is believed, without news: hardly long enough for
+others to seal it, and for its upload and eviction."""
 MOVED_S = 2.0
 """How long the master is asked where bytes went that are not where it said."""
 _WHOLE = Presence(is_complete=True, pages=b"")
@@ -118,6 +122,8 @@ class Writing:
         """The worker was asked to end, and its answer was not heard."""
         self._may_be_begun = False
         """The worker was asked to begin, and its answer was not heard."""
+        self._confirmed_at_s = trio.current_time()
+        """When the master said last that the container is open at this home."""
 
     @property
     def is_begun(self) -> bool:
@@ -199,6 +205,7 @@ class Writing:
         patience (None: the client's); it may have begun, and may be tried again."""
         deadline = trio.current_time() + (self._core.config.patience_s if patience_s is None else patience_s)
         while True:
+            await self._confirm()
             try:
                 await self._begin_once(reserve_bytes)
                 return
@@ -210,6 +217,22 @@ class Writing:
                 if trio.current_time() + _RETRY_S > deadline:
                     raise
                 await interrupt.pause(_RETRY_S)
+
+    def doubt(self) -> None:
+        """Others changed the content."""
+        self.is_shared = True
+        self._confirmed_at_s = -math.inf
+
+    async def _confirm(self) -> None:
+        """StaleError: others have joined and sealed the container. Its worker may have evicted it since, and
+        would take us for the first who writes it: into a file that nobody looks for."""
+        if trio.current_time() - self._confirmed_at_s < CONFIRMED_S:
+            return
+        asked_at_s = trio.current_time()
+        attr = await self._core.session.call(ops.GetAttr(self._layout.ino), is_idempotent=True)
+        if attr.home != self.worker_id or attr.container != self.container:
+            raise StaleError(f"container {self.container:x} was sealed: begin a new one at the master")
+        self._confirmed_at_s = asked_at_s
 
     async def _source_has_moved(self) -> bool:
         """Whether the bytes to be changed are elsewhere in the under storage by now: the file was renamed.
@@ -314,12 +337,19 @@ class Writing:
     async def _sealed_by_worker(self) -> WriteEnd:
         """What the worker sealed without us: other sessions may have written to it, and calls of ours
         may have been carried out whose answers were lost."""
-        connection = await self._core.workers.connection(self.worker_id)
-        try:
-            stat = await connection.call(worker_ops.StatContainer(self.container))
-        except StaleError:
-            return WriteEnd(self.size, 0, True)  # In the under storage already: the master knows better.
-        return WriteEnd(stat.size, stat.mtime_ns, True)
+        deadline = trio.current_time() + self._core.config.patience_s
+        while True:
+            try:
+                connection = await self._core.workers.connection(self.worker_id)
+                stat = await connection.call(worker_ops.StatContainer(self.container))
+                return WriteEnd(stat.size, stat.mtime_ns, True)
+            except StaleError:
+                return WriteEnd(self.size, 0, True)  # In the under storage already: the master knows better.
+            except (ConnectionLost, UnavailableError):
+                self._core.workers.failed(self.worker_id)
+                if trio.current_time() + _RETRY_S > deadline:
+                    raise
+                await interrupt.pause(_RETRY_S)
 
     async def _ask(self, build: Callable[[int], Request[R]]) -> R:
         """A call about the lock that may be done twice; again after the worker was away."""

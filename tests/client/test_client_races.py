@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import random
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,8 @@ from alluxiofuse.client import reading
 from alluxiofuse.client.writing import Writing
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.types import Attr
+from alluxiofuse.worker.slab import CLEAN
+from alluxiofuse.worker.worker import Worker
 
 
 @pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
@@ -181,3 +185,42 @@ def test_others_are_two_writings_further_when_one_begins(kind: str, monkeypatch:
             assert await one.get(b"f") == await two.get(b"f") == b"two two one"
 
     in_world(kind, master={"persist_delay_s": 60.0})(test)
+
+
+def holds(path: Path, data: bytes) -> bool:
+    return path.exists() and path.read_bytes() == data
+
+
+def evicted(worker: Worker, container: int) -> bool:
+    slabs = worker.slabs
+    assert slabs is not None
+    slab = slabs.get(container)
+    if slab is not None and slab.state == CLEAN and slab.is_idle:
+        slabs.drop(slab)
+    return slabs.get(container) is None
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+@pytest.mark.parametrize("is_closed_only", [False, True])
+def test_what_was_sealed_by_another_is_forgotten_before_one_begins(kind: str, is_closed_only: bool) -> None:
+    """The master gave a container to who created the file; another client wrote to it and closed it, it was
+    uploaded and evicted: the worker knows nothing of it when the first one begins."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            file = await one.create(b"f")
+            other = await two.open(b"f", os.O_RDWR | os.O_TRUNC)
+            await other.write(0, b"theirs")
+            await two.close(other)
+            container = (await two.fs.getattr(file.ino)).container
+            await until(partial(holds, world.ufs / "f", b"theirs"))
+            two.fs._core.slabs.drop_idle()
+            await two.fs._core.slabs.send_detaches()
+            await until(partial(evicted, world.workers["w1"].worker, container))
+            if not is_closed_only:
+                await file.write(0, b"ours")
+            await one.close(file)
+            wanted = b"theirs" if is_closed_only else b"oursrs"
+            assert await two.get(b"f") == await one.get(b"f") == wanted
+
+    in_world(kind)(test)
