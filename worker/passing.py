@@ -68,6 +68,8 @@ class Passing:
         self._look_s = 0.0
         """How long the last look took."""
         self._wake = trio.Event()
+        self._is_resting = False
+        """There is nothing to look at."""
         self.nursery: trio.Nursery | None = None
         """For programs that wait for room; None before `run` and after it."""
         slabs.passing_ended = self._ended
@@ -75,9 +77,11 @@ class Passing:
     async def run(self) -> None:
         """Cancelled: kernels write on unseen; the next start sees what they did."""
         while True:
-            with trio.move_on_after(self._pause_s()):
+            pause_s = self._pause_s()
+            self._is_resting = pause_s == float("inf")
+            with trio.move_on_after(pause_s):
                 await self._wake.wait()
-            self._wake = trio.Event()
+            self._wake, self._is_resting = trio.Event(), False
             began = trio.current_time()
             await self._look()
             self._look_s = trio.current_time() - began
@@ -102,7 +106,7 @@ class Passing:
         if not self._slabs.let_pass(slab):
             self._ended(slab)
             return False
-        if directory.available < HEADROOM_BYTES or len(self._slabs.passing) == 1:
+        if directory.available < HEADROOM_BYTES or self._is_resting:
             self._wake.set()
         return True
 
