@@ -130,10 +130,9 @@ class _Session:
         self._kept = kept
         self._driver, self._reason = choose_driver(options)
         self._fs = fs
+        # Once it is mounted it would ask us.
         is_takeover = kept is not None and kept.is_takeover
-        self._mountpoint = (
-            mountpoint if is_takeover else os.path.realpath(mountpoint)
-        )  # later it would ask us
+        self._mountpoint = mountpoint if is_takeover else os.path.realpath(mountpoint)
         self._options = options
         kernel = self._driver.kernel
         self._operations = Operations(

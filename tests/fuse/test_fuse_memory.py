@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 
 import pytest
+import trio
 
 from alluxiofuse.client.intents import APPEND, CHANGE, asked_by
 from alluxiofuse.errors import UserError
+from alluxiofuse.fuse.handles import DirHandle
 from alluxiofuse.fuse.memory import IS_DIRECTORY, MAX_HANDLES, HandleRecord, Memory, make
+from alluxiofuse.wire.types import Attr, DirEntry
 
 
 @pytest.fixture
@@ -158,3 +161,34 @@ def test_it_costs_next_to_nothing(fd: int) -> None:
     print(f"{cost_us:.1f} us")
     assert cost_us < 50
     assert os.fstat(fd).st_blocks * 512 < 1 << 20
+
+
+def test_a_listing_goes_on_behind_a_name() -> None:
+    """Whatever was added or removed before it; further back it goes by count."""
+    names = [b"%03d" % number for number in range(100)]
+
+    async def list_from(after: bytes) -> AsyncIterator[list[DirEntry]]:
+        left = [name for name in sorted(names) if name > after]
+        for start in range(0, len(left), 7):
+            yield [DirEntry(name, attr) for name in left[start : start + 7]]
+
+    async def name_at(handle: DirHandle, index: int) -> bytes:
+        page = await handle.page_at(index, lambda: 0)
+        return b"" if page is None else page.entries[index - page.start].name
+
+    async def test() -> None:
+        handle = DirHandle(1, list_from)
+        assert not handle.is_started
+        handle.go_on(49, b"049")
+        assert handle.is_started
+        del names[:10]
+        names.extend([b"000a", b"049a"])
+        assert await name_at(handle, 50) == b"049a"
+        assert [await name_at(handle, index) for index in range(51, 101)] == names[40:90]
+        assert await name_at(handle, 101) == b""
+        assert await name_at(handle, 60) == b"059"  # Read anew, from a name that is known.
+        assert await name_at(handle, 3) == b"012"
+        await handle.close()
+
+    attr = Attr(1, 0o100644, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0.0)
+    trio.run(test)
