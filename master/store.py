@@ -18,7 +18,6 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
 from alluxiofuse import descriptors, state_disk
-from alluxiofuse.errors import StateError, UserError
+from alluxiofuse.errors import StateError
 from alluxiofuse.master.durability import Durability
 from alluxiofuse.master.records import (
     COLUMN_FAMILIES,
@@ -38,6 +37,7 @@ from alluxiofuse.master.records import (
     RemoveEntry,
     SyncEntry,
 )
+from alluxiofuse.state_disk import StateDb
 from alluxiofuse.wire.codec import decoder, encode
 
 T = TypeVar("T")
@@ -68,7 +68,7 @@ def decode_record(raw: bytes, type_: type[T], what: str) -> T:
         raise StateError(f"{what} is damaged: stop, and run `alluxiofuse fsck`") from None
 
 
-class Store:
+class Store(StateDb):
     """An open metadata store. Owned by one process (RocksDB's lock file)."""
 
     def __init__(self, directory: Path, *, is_readonly: bool = False) -> None:
@@ -77,7 +77,7 @@ class Store:
 
         `is_readonly`: changes nothing on disk, takes no lock of RocksDB's, and nothing can be
         committed; the directory has to hold a store."""
-        self.directory = directory
+        super().__init__(directory)
         self._is_readonly = is_readonly
         self._reserved: dict[bytes, tuple[int, int]] = {}
         self.commit_count = 0
@@ -90,15 +90,11 @@ class Store:
         """Called after every commit, while it is in the log of the operating system only."""
         self._scan_count = 0
         """Iterators in use: while there is one, RocksDB can't be closed."""
-        self._trouble: StateError | None = None
-        """Why nothing can be written at present."""
         self.reply: tuple[bytes, int] | None = None
         """While a change with a request id runs: under which key, and with which number, the commit that
         makes it keeps its answer; that commit sets it to None (`replies`)."""
         self.synced_sequence = 0
         """Of the newest commit that is known to be on the disk."""
-        self._sync_lock = threading.Lock()
-        """Held by the thread that syncs, so that the store is not closed under it."""
         if not is_readonly:
             _prepare(directory)
         elif not (directory / "CURRENT").exists():
@@ -106,11 +102,7 @@ class Store:
         try:
             self._open()
         except Exception as exc:  # rocksdict raises bare Exception
-            if "/LOCK: " in str(exc):
-                raise UserError(
-                    f"{directory} is in use by another process: stop it or name another state directory"
-                ) from None
-            raise StateError(f"{directory} can't be opened as a metadata store: {exc}") from None
+            raise self._not_opened(exc, "a metadata store") from None
         self._check_format()
 
     def _open(self) -> None:
@@ -251,46 +243,15 @@ class Store:
         """Of the newest commit. Grows with each, from life to life."""
         return int(self._db.latest_sequence_number())
 
-    # --- trouble ----------------------------------------------------------------------------------
+    # --- while it can't be written -----------------------------------------------------------------
 
-    @property
-    def is_failed(self) -> bool:
-        """Nothing can be written until `heal` succeeds."""
-        return self._trouble is not None
+    def _may_reopen(self) -> bool:
+        return not self._scan_count and state_disk.can_be_written(self.directory)
 
-    def _failed(self, exc: Exception) -> Exception:
-        if type(exc) is not Exception:
-            return exc  # not of RocksDB, so a bug of ours
-        if self._trouble is None:
-            self._trouble = state_disk.trouble(self.directory, exc)
-            log.error("%s", self._trouble.message)
-        return self._copy_of(self._trouble)
-
-    @staticmethod
-    def _copy_of(trouble: StateError) -> StateError:
-        return StateError(trouble.message, errno=trouble.errno)
-
-    def heal(self) -> bool:
-        """Try to open a store again that failed; True when it can be written now. To be called now and
-        then; blocks for the time that opening takes. Does nothing while something is being read."""
-        if self._trouble is None:
-            return True
-        if self._scan_count or not state_disk.can_be_written(self.directory):
-            return False
-        if not self._sync_lock.acquire(blocking=False):
-            return False
-        try:
-            self._close()
-            gc.collect()  # RocksDB's lock goes with the last reference
-            self._open()
-        except Exception as exc:  # rocksdict raises bare Exception
-            log.error("%s can't be opened again yet: %s", self.directory, exc)
-            return False
-        finally:
-            self._sync_lock.release()
-        self._trouble = None
-        log.warning("the state directory %s can be written again", self.directory)
-        return True
+    def _reopen(self) -> None:
+        self._close()
+        gc.collect()  # RocksDB's lock goes with the last reference
+        self._open()
 
     def unreachable(self) -> StateError:
         """For reading while it is closed, after an attempt to open it again failed."""

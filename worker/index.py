@@ -21,7 +21,6 @@ import gc
 import logging
 import os
 import struct
-import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -30,8 +29,9 @@ from typing import Any, TypeVar
 import msgspec
 from rocksdict import AccessType, Options, Rdict, WriteBatch
 
-from alluxiofuse import descriptors, state_disk
-from alluxiofuse.errors import BadRequestError, StateError, UserError
+from alluxiofuse import descriptors
+from alluxiofuse.errors import BadRequestError, StateError
+from alluxiofuse.state_disk import StateDb
 from alluxiofuse.wire.codec import decode, decoder, encode
 from alluxiofuse.wire.types import StateMark
 from alluxiofuse.worker.checksums import ZERO_PAGE, bits
@@ -154,21 +154,17 @@ class Batch:
         self.delete(old, page_count)
 
 
-class Index:
+class Index(StateDb):
     """An open index. Calls are quick enough to be made inline, except `sync`."""
 
     def __init__(self, directory: Path, *, is_readonly: bool = False) -> None:
         """Opens or creates it. UserError when another process has it, StateError when it is not one.
         `is_readonly`: changes nothing on disk, and nothing can be written."""
-        self.directory = directory
-        self._trouble: StateError | None = None
-        """Why nothing can be written at present."""
+        super().__init__(directory)
         self._owed: list[WriteBatch] = []
         self._write_count = 0
         self.synced_count = -1
         """How many of the writes are on the disk; -1: it is not known."""
-        self._sync_lock = threading.Lock()
-        """Held by the thread that syncs, so that the index is not closed under it."""
         if is_readonly and not (directory / "CURRENT").exists():
             raise StateError(f"{directory} holds no index of a worker")
         try:
@@ -185,11 +181,7 @@ class Index:
             access = AccessType.read_only() if is_readonly else AccessType.read_write()
             self._db = Rdict(str(directory), options=_options(), access_type=access)
         except Exception as exc:  # rocksdict raises bare Exception
-            if "/LOCK: " in str(exc):
-                raise UserError(
-                    f"{directory} is in use by another process: stop it or name another state directory"
-                ) from None
-            raise StateError(f"{directory} can't be opened as a worker's index: {exc}") from None
+            raise self._not_opened(exc, "a worker's index") from None
         found = self.get(b"mformat")
         if found is not None and int.from_bytes(found, "big") > FORMAT:
             self.close()
@@ -369,48 +361,17 @@ class Index:
             except Exception as exc:  # rocksdict raises bare Exception
                 raise self._failed(exc) from None
 
-    # --- trouble ----------------------------------------------------------------------------------
+    # --- while it can't be written -----------------------------------------------------------------
 
-    @property
-    def is_failed(self) -> bool:
-        """Nothing can be written until `heal` succeeds."""
-        return self._trouble is not None
-
-    def _failed(self, exc: Exception) -> Exception:
-        if type(exc) is not Exception:
-            return exc  # not of RocksDB, so a bug of ours
-        if self._trouble is None:
-            self._trouble = state_disk.trouble(self.directory, exc)
-            log.error("%s", self._trouble.message)
-        return self._copy_of(self._trouble)
-
-    @staticmethod
-    def _copy_of(trouble: StateError) -> StateError:
-        return StateError(trouble.message, errno=trouble.errno)
-
-    def heal(self) -> bool:
-        """Open an index that failed again and write what is owed; True when it can be written now. Blocks
-        for that. Await-free, in the thread that owns the index; no scan is under way."""
-        if self._trouble is None:
-            return True
-        if not self._sync_lock.acquire(blocking=False):
-            return False
-        try:
-            self.close()
-            gc.collect()  # RocksDB's lock goes with the last reference
-            self._db = Rdict(str(self.directory), options=_options())
-            self.synced_count = -1
-            while self._owed:
-                self._db.write(self._owed[0])
-                del self._owed[0]
-        except Exception as exc:  # rocksdict raises bare Exception
-            log.error("%s can't be opened again yet: %s", self.directory, exc)
-            return False
-        finally:
-            self._sync_lock.release()
-        self._trouble = None
-        log.warning("the state directory %s can be written again", self.directory)
-        return True
+    def _reopen(self) -> None:
+        """No scan is under way. What is owed is written too."""
+        self.close()
+        gc.collect()  # RocksDB's lock goes with the last reference
+        self._db = Rdict(str(self.directory), options=_options())
+        self.synced_count = -1
+        while self._owed:
+            self._db.write(self._owed[0])
+            del self._owed[0]
 
     def close(self) -> None:
         try:
