@@ -445,6 +445,8 @@ class Writing:
         if slab is None or not self.may_pass or not slab.is_good or self.is_ending:
             return -1
         if not self.is_passing:
+            if self._busy_count:
+                return -1  # A write by this descriptor is under way.
             slab.write_no_more()
             self.is_passing = True
         return slab.fd
