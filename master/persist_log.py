@@ -230,8 +230,8 @@ class PersistLog:
 
     def keep(self, tx: Transaction, ino: int, entry: SyncEntry, what: int) -> None:
         """Put the entry with just these bits; without any, and no intent, it goes."""
+        entry.what = what
         if what or entry.intent is not None:
-            entry.what = what
             tx.put_sync_entry(ino, entry)
         else:
             tx.delete_sync_entry(ino)

@@ -154,6 +154,8 @@ class Planner:
         if desired.startswith(job.source + b"/") and job.source and self._has_directories(mount_id):
             # Into what has to be made at its own place: out of the way first.
             return self._move_aside(ino) or Blocked(None)
+        if not job.source and self._is_own_way_barred(record, desired) and not self._give_up(ino, desired):
+            return Blocked(None)
         if job.kind is not Kind.ATTRS:
             blocked = self._target_blocked(ino, mount_id, desired, job)
             if blocked is not None:
@@ -213,6 +215,13 @@ class Planner:
         if entry.what & SYNC_ATTRS and capabilities.has_posix_attrs and record.is_in_ufs and desired:
             return job(Kind.ATTRS, at_target, is_dir=stat.S_ISDIR(record.mode))
         return job(Kind.SETTLE)
+
+    def _is_own_way_barred(self, record: InodeRecord, desired: bytes) -> bool:
+        """Its old bytes lie where a directory above its place has to be, and newer ones are to be put."""
+        location = record.location
+        if location is None or is_clean(record) or not self._has_directories(record.mount_id):
+            return False
+        return places.is_below(desired, location)
 
     def _has_directories(self, mount_id: int) -> bool:
         return self._mounts.capabilities(mount_id).has_directories
@@ -277,16 +286,17 @@ class Planner:
         entry = self._store.transaction().sync_entry(intent.ino)
         return intent.ino if entry is not None and entry.intent == path else (mount_id, path)
 
-    def _give_up(self, ino: int) -> bool:
+    def _give_up(self, ino: int, desired: bytes | None = None) -> bool:
         """The under storage's bytes of this inode are worth nothing (a newer, sealed version waits to
-        be uploaded), so they may be overwritten where they are. True: given up, committed."""
+        be uploaded), so they may be overwritten where they are. True: given up, committed. `desired`: an
+        earlier attempt to put the newer version there does not matter."""
         tx = self._store.transaction()
         record, entry = tx.inode(ino), tx.sync_entry(ino)
         if record is None or entry is None or not stat.S_ISREG(record.mode):
             return False
         if record.home or is_clean(record) or self._locks.is_held(ino) or record.location is None:
             return False
-        if entry.intent is not None:
+        if entry.intent is not None and entry.intent != desired:
             return False
         self._log.remove(tx, record.mount_id, record.location, is_dir=False)
         places.set_location(tx, ino, record, None)

@@ -18,6 +18,7 @@ from alluxiofuse.errors import AlluxioFuseError, StateError, UfsError, UfsUnavai
 from alluxiofuse.master import places
 from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.mounts import MountTable
+from alluxiofuse.master.persist_aside import MOVING_PREFIX
 from alluxiofuse.master.persist_failures import MAX_RETRY_S, Failure, Failures
 from alluxiofuse.master.persist_intake import Intake
 from alluxiofuse.master.persist_jobs import JobRunner, Loading
@@ -46,6 +47,8 @@ KEYS_PER_ROUND = 1000
 _RESOLVING = frozenset({Kind.RESOLVE_PUT, Kind.RESOLVE_RENAME})
 _NO_STORE_KINDS = {Kind.SETTLE, Kind.RESOLVE_PUT}
 """Jobs that do not ask the under storage."""
+_STALE_KINDS = {Kind.EMPTY, Kind.MKDIR, Kind.SYMLINK, Kind.MOVE, Kind.MOVE_TREE, Kind.SETTLE}
+"""Jobs that rely on the names and locations of which they were planned."""
 ROUND_S = 0.01
 """Least time between two looks at what is due."""
 DELAYS_TO_GIVE_WAY = 10
@@ -323,11 +326,27 @@ class Persister:
             self._queue.discard(one.key)
             self._locks.hold(one.key, one.locks)
         self._lanes.started(job.mount_id, is_upload=False)
-        nursery.start_soon(self._run_jobs, jobs)
+        nursery.start_soon(self._run_jobs, jobs, self._store.commit_count)
 
-    async def _run_jobs(self, jobs: list[Job]) -> None:
+    def _is_as_planned(self, job: Job, planned_at: int) -> bool:
+        """Whether the job, planned when there were `planned_at` commits, is still what is to be done: a
+        task begins to run a little later, and others come in between. What is on its way to a temporary name
+        depends on nothing; what else there is reads again what it depends on."""
+        if job.kind not in _STALE_KINDS or self._store.commit_count == planned_at:
+            return True
+        if job.target.startswith(MOVING_PREFIX):
+            return True
+        self._locks.release(job.key)
+        try:
+            return self._planner.plan(job.key) == job
+        finally:
+            self._locks.hold(job.key, job.locks)
+
+    async def _run_jobs(self, jobs: list[Job], planned_at: int) -> None:
         retry_s: float | None = None
         try:
+            if not self._is_as_planned(jobs[0], planned_at):
+                return
             if jobs[0].kind is Kind.REMOVE:
                 await self._jobs.remove(jobs[0].mount_id, jobs)
             else:
