@@ -12,7 +12,7 @@ import errno
 import os
 import stat
 import subprocess
-import threading
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,20 +127,46 @@ def test_nothing_cached_is_older_than_the_lease(site: CutSite, pair: tuple[Path,
     wait_until(lambda: site.report()["counters"].get("client_leases_lapsed", 0) > 0, "it is counted")
 
 
+_WRITES_ON = """
+import os, sys
+with open(sys.argv[1] + "/log", "wb", buffering=0) as log:
+    log.write(b"before")
+    print("written", flush=True)
+    input()
+    log.write(b", during")
+    os.fstat(log.fileno())
+    assert not os.path.exists(sys.argv[1] + "/missing")
+    print("asked", flush=True)
+    input()
+    log.write(b", after")
+"""
+
+
 @pytest.mark.parametrize("kind", KINDS[:3])
 def test_a_short_cut_is_a_pause(site: CutSite, pair: tuple[Path, Path], kind: str) -> None:
     """Less than patience: a program that asks meanwhile waits, and gets its answer."""
     here, there = pair
-    with open(here / "log", "wb", buffering=0) as log:
-        log.write(b"before")
+    # A process of its own: what we start to heal the network would close its descriptors, and wait for that.
+    program = subprocess.Popen(
+        [sys.executable, "-c", _WRITES_ON, str(here)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert program.stdin is not None
+    assert program.stdout is not None
+    try:
+        assert program.stdout.readline() == "written\n"
         site.network.cut("h0", "m", kind)
-        healing = threading.Timer(0.7, site.network.heal)
-        healing.start()
-        log.write(b", during")
-        os.fstat(log.fileno())
-        assert not (here / "missing").exists()
-        healing.join()
-        log.write(b", after")
+        print("go on", file=program.stdin, flush=True)
+        time.sleep(0.7)
+        site.network.heal()
+        assert program.stdout.readline() == "asked\n"
+        print("go on", file=program.stdin, flush=True)
+        assert program.wait(30) == 0
+    finally:
+        program.kill()
+        program.communicate()
     wait_until((there / "log").exists, "the name")
     assert (there / "log").read_bytes() == b"before, during, after"
     assert (here / "log").read_bytes() == b"before, during, after"
