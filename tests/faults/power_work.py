@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import stat
+from contextlib import suppress
 from pathlib import Path
 
 from power_oracle import File, Oracle, Tree
@@ -21,6 +22,8 @@ class Work:
         self.dice = dice
         self.is_synchronous = is_synchronous
         self._open: list[tuple[int, File]] = []
+        self._descriptors: set[int] = set()
+        """All that are open: also that of a call which never came back well."""
         self._names = 0
 
     def step(self) -> None:
@@ -48,11 +51,10 @@ class Work:
 
     def close(self) -> None:
         """Descriptors of a filesystem that is gone."""
-        while self._open:
-            try:
-                os.close(self._open.pop()[0])
-            except OSError:
-                pass
+        self._open.clear()
+        for fd in list(self._descriptors):
+            with suppress(OSError):
+                self._closed(fd)
 
     # --- choosing ---------------------------------------------------------------------------------
 
@@ -77,6 +79,15 @@ class Work:
 
     # --- what is done to descriptors --------------------------------------------------------------
 
+    def _opened(self, path: str, flags: int) -> int:
+        fd = os.open(self.top / path, flags, 0o644)
+        self._descriptors.add(fd)
+        return fd
+
+    def _closed(self, fd: int) -> None:
+        self._descriptors.discard(fd)
+        os.close(fd)
+
     def _write(self, fd: int, file: File, offset: int, data: bytes) -> None:
         file.write(offset, data)
         assert os.pwrite(fd, data, offset) == len(data)
@@ -87,7 +98,7 @@ class Work:
         self.oracle.synced()
 
     def _close(self, fd: int, file: File) -> None:
-        os.close(fd)
+        self._closed(fd)
         if self.is_synchronous and not any(other is file for _, other in self._open):
             file.synced()
             self.oracle.synced()
@@ -113,7 +124,7 @@ class Work:
 
         def do() -> None:
             nonlocal fd
-            fd = os.open(self.top / name, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o644)
+            fd = self._opened(name, os.O_CREAT | os.O_EXCL | os.O_RDWR)
 
         self._change(f"create {name}", do, lambda tree: tree.__setitem__(name, (0o100644, "", file)))
         if size:
@@ -125,7 +136,7 @@ class Work:
     def _append(self) -> None:
         if (found := self._file()) is None:
             return
-        fd = os.open(self.top / found[0], os.O_WRONLY | os.O_APPEND)
+        fd = self._opened(found[0], os.O_WRONLY | os.O_APPEND)
         data = self._data()
         found[1].write(len(found[1].now), data)
         assert os.write(fd, data) == len(data)
@@ -134,7 +145,7 @@ class Work:
     def _overwrite(self) -> None:
         if (found := self._file()) is None:
             return
-        fd = os.open(self.top / found[0], os.O_RDWR)
+        fd = self._opened(found[0], os.O_RDWR)
         for _ in range(self.dice.randrange(1, 4)):
             self._write(fd, found[1], self.dice.randrange(len(found[1].now) + 1), self._data())
         self._finish(fd, found[1])
@@ -143,7 +154,7 @@ class Work:
         if (found := self._file()) is None:
             return
         found[1].truncate(0)
-        fd = os.open(self.top / found[0], os.O_WRONLY | os.O_TRUNC)
+        fd = self._opened(found[0], os.O_WRONLY | os.O_TRUNC)
         self._write(fd, found[1], 0, self._data())
         self._finish(fd, found[1])
 
@@ -216,18 +227,18 @@ class Work:
         )
 
     def _sync_directory(self) -> None:
-        fd = os.open(self.top / self.dice.choice(self._directories()), os.O_RDONLY)
+        fd = self._opened(self.dice.choice(self._directories()), os.O_RDONLY)
         try:
             os.fsync(fd)
             self.oracle.synced()
         finally:
-            os.close(fd)
+            self._closed(fd)
 
     def _write_synchronously(self) -> None:
         if (found := self._file()) is None:
             return
         path, file = found
-        fd = os.open(self.top / path, os.O_WRONLY | os.O_SYNC)
+        fd = self._opened(path, os.O_WRONLY | os.O_SYNC)
         self._write(fd, file, self.dice.randrange(len(file.now) + 1), self._data())
         file.synced()
         self.oracle.synced()
@@ -240,7 +251,7 @@ class Work:
 
     def _keep_open(self) -> None:
         if len(self._open) < 4 and (found := self._file()) is not None:
-            self._open.append((os.open(self.top / found[0], os.O_RDWR), found[1]))
+            self._open.append((self._opened(found[0], os.O_RDWR), found[1]))
 
     def _use_open(self) -> None:
         if not self._open:

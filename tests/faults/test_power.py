@@ -12,7 +12,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -75,9 +75,10 @@ class Machine:
 
         wait_until(is_recovered, "what was open is sealed")
 
-    def fail(self, names: list[str]) -> None:
+    def fail(self, names: list[str], end_programs: Callable[[], None]) -> None:
         """Everything that happens on this machine stops at one moment; some of the disks lose what
-        was not written to them. Afterwards the disks are mounted again."""
+        was not written to them. Afterwards the disks are mounted again: programs must be gone by then, whose
+        open files may be those of a disk."""
         pids = [self.site.daemon.pid, *_children(self.site.daemon.pid)]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
@@ -87,6 +88,7 @@ class Machine:
             os.kill(pid, signal.SIGKILL)
         self.site.daemon.kill()
         subprocess.run(["umount", "--lazy", str(self.site.mount)], check=False, capture_output=True)
+        end_programs()
         for disk in self.disks.values():
             disk.remount()
 
@@ -148,6 +150,12 @@ def run_until_cut(one: Machine, oracle: Oracle, dice: random.Random, *, is_synch
     wanted = dice.randrange(5, 80)
     names = sorted(one.disks)
     cut = [name for name in names if dice.random() < 0.7] or [dice.choice(names)]
+
+    def end() -> None:
+        worker.join(60)
+        assert not worker.is_alive(), "a program hangs though its filesystem is gone"
+        work.close()
+
     with Writeback(list(one.disks.values()), dice.randrange(1 << 30)) as writeback:
         worker.start()
         deadline = time.monotonic() + 60
@@ -156,10 +164,7 @@ def run_until_cut(one: Machine, oracle: Oracle, dice: random.Random, *, is_synch
         time.sleep(dice.random() * 0.05)
         writeback.stop()
         worker.is_over = True
-        one.fail(cut)
-    worker.join(60)
-    assert not worker.is_alive(), "a program hangs though its filesystem is gone"
-    work.close()
+        one.fail(cut, end)
     if worker.failure is not None:
         raise AssertionError(f"{worker.failure!r}\n{one.site.daemon.log_text()[-4000:]}") from worker.failure
     return cut
