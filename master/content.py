@@ -312,7 +312,7 @@ class Content:
             return self._namespace.attr(req.ino, record)
         if req.is_abandoned:
             if self._sessions.end_writer(req.session_id, req.ino):
-                self.revert(tx, req.ino, record)
+                self.revert(tx, req.ino, record, req.session_id)
                 tx.commit(self._namespace.attr(req.ino, record))
             return self._namespace.attr(req.ino, record)
         is_alone = not record.is_shared and self._sessions.writes(req.session_id, req.ino) == req.container
@@ -378,9 +378,10 @@ class Content:
             self._persist_log.content_committed(tx, ino, record)
         tx.after_commit(partial(self._sessions.clear_writers, ino, record.container))
 
-    def revert(self, tx: Transaction, ino: int, record: InodeRecord) -> None:
+    def revert(self, tx: Transaction, ino: int, record: InodeRecord, session_id: int = 0) -> None:
         """The home never heard of `record.container`: nothing was written, the base is the content
-        again. The caller commits; sessions are told by an event."""
+        again. The caller commits; sessions are told by an event, but for `session_id`, which asked for it: it
+        would take that for news of its next writing, and doubt it."""
         container, home = record.container, record.home
         record.container, record.size = record.base_container, record.base_size
         record.home = record.base_container = record.base_size = record.mtime_set_at_ns = 0
@@ -390,12 +391,12 @@ class Content:
         tx.put_inode(ino, record)
         tx.after_commit(partial(self._sessions.clear_writers, ino, container))
         tx.after_commit(partial(self._workers.drop_container, container, home))
-        tx.after_commit(lambda: self._tell(ino))
+        tx.after_commit(lambda: self._tell(ino, session_id))
         # What it lacks in the under storage waited for the end of this writing.
         tx.after_commit(partial(self._persist_log.touch, ino))
 
-    def _tell(self, ino: int) -> None:
-        self._events.publish(0, Event(EVENT_DATA, ino))
+    def _tell(self, ino: int, session_id: int = 0) -> None:
+        self._events.publish(session_id, Event(EVENT_DATA, ino))
 
     # --- sessions ---------------------------------------------------------------------------------
 
