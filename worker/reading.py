@@ -62,7 +62,8 @@ class Reading:
         slab = self._find(request.container, request.size, request.source)
         if slab is None:
             return Answer(_NOTHING_ATTACHED)
-        lock = self._leases.orphan_of(slab, request.session_id) or self._slabs.lock(slab, request.session_id)
+        # A lock of its own: what the session has given up writing would never be sealed if it were taken up.
+        lock = self._slabs.lock(slab, request.session_id)
         self._leases.bind(peer, lock)
         self._slabs.touch_all(slab)
         self._fetcher.verify_now(slab)
