@@ -297,18 +297,9 @@ class Content:
         if writing.is_joined:
             self._unassign()  # Others may have written to it.
             return
-        session, old = self.core.session, self.layout
-        request = ops.CommitContent(
-            session.id,
-            self.ino,
-            writing.container,
-            old.size,
-            self.attr.mtime_ns,
-            is_sealed=False,
-            is_abandoned=True,
-        )
+        old = self.layout
         try:
-            await session.call(request, is_idempotent=True)
+            await self._tell_abandoned(writing)
         except StaleError:
             self._unassign()  # Others have joined us, ended it and gone on: there is nothing to give back.
             return
@@ -365,18 +356,9 @@ class Content:
 
     async def _commit_reverted(self, writing: Writing) -> None:
         """Under the lock: nothing was changed, and the worker has the base again."""
-        session, old = self.core.session, self.layout
-        request = ops.CommitContent(
-            session.id,
-            self.ino,
-            writing.container,
-            old.size,
-            self.attr.mtime_ns,
-            is_sealed=False,
-            is_abandoned=True,
-        )
+        old = self.layout
         try:
-            self.attr = await session.call(request, is_idempotent=True)
+            self.attr = await self._tell_abandoned(writing)
         except StaleError as exc:
             log.info("inode %d was replaced while it was open for writing: %s", self.ino, exc)
             self.give_up()
@@ -390,6 +372,20 @@ class Content:
             slab.container = old.container
             self.slab = slab
             self.core.slabs.adopt(slab)
+
+    async def _tell_abandoned(self, writing: Writing) -> Attr:
+        """The base is the content again. StaleError: it was replaced meanwhile."""
+        session = self.core.session
+        request = ops.CommitContent(
+            session.id,
+            self.ino,
+            writing.container,
+            self.layout.size,
+            self.attr.mtime_ns,
+            is_sealed=False,
+            is_abandoned=True,
+        )
+        return await session.call(request, is_idempotent=True)
 
     async def _tell_end(self, writing: Writing, end: WriteEnd) -> Attr:
         session = self.core.session
