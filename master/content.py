@@ -301,14 +301,13 @@ class Content:
         self._sessions.touch(req.session_id)
         tx = self._store.transaction()
         record = self._file(tx, req.ino)
-        if record.container != req.container:
-            if req.is_sealed and record.base_container == req.container:
-                return self._namespace.attr(req.ino, record)  # A repetition; the next writing has begun.
+        size = self._sealed_size(req, record)
+        if size is not None and req.is_sealed and not req.is_unbegun and req.mtime_ns and req.size != size:
+            # The worker had evicted it since, and took the writer for the first one.
+            raise StaleError(f"the content of inode {req.ino} had been sealed with another size")
+        if record.container != req.container and (size is None or not req.is_sealed):
             raise StaleError(f"the content of inode {req.ino} was replaced meanwhile")
-        if not record.home:  # Sealed already: a repetition, or the worker's word came first.
-            if req.is_sealed and not req.is_unbegun and req.mtime_ns and req.size != record.size:
-                # The worker had evicted it since, and took the writer for the first one.
-                raise StaleError(f"the content of inode {req.ino} had been sealed with another size")
+        if size is not None:  # A repetition, or the word of another came first.
             return self._namespace.attr(req.ino, record)
         if req.is_abandoned:
             if self._sessions.end_writer(req.session_id, req.ino):
@@ -319,6 +318,14 @@ class Content:
         if is_alone or not req.is_unbegun:
             return self._commit(tx, req.session_id, req.ino, record, req.size, req.mtime_ns, req.is_sealed)
         return self._namespace.attr(req.ino, record)
+
+    def _sealed_size(self, req: CommitContent, record: InodeRecord) -> int | None:
+        """With how many bytes `req.container` is known to have been sealed, perhaps long ago."""
+        if record.container == req.container:
+            return None if record.home else record.size
+        if record.base_container == req.container:
+            return record.base_size
+        return self._sessions.sealed_size(req.session_id, req.ino, req.container)
 
     def orphan_sealed(self, seal: OrphanSeal, worker_id: int) -> None:
         """A worker sealed a container on its own, or doubts that its writer told us. Idempotent: one
@@ -376,7 +383,7 @@ class Content:
             tx.after_commit(partial(self._workers.drop_container, base, base_holder))
         if record.nlink:
             self._persist_log.content_committed(tx, ino, record)
-        tx.after_commit(partial(self._sessions.clear_writers, ino, record.container))
+        tx.after_commit(partial(self._sessions.clear_writers, ino, record.container, record.size))
 
     def revert(self, tx: Transaction, ino: int, record: InodeRecord, session_id: int = 0) -> None:
         """The home never heard of `record.container`: nothing was written, the base is the content

@@ -42,6 +42,9 @@ class Session:
     """See `master_ops.Open`."""
     writes: dict[int, int] = field(default_factory=dict)
     """Inode -> container that this session began to write and has not seen sealed."""
+    sealed: dict[int, tuple[int, int]] = field(default_factory=dict)
+    """Inode, open here -> the container that this session wrote last and has perhaps not seen sealed, and
+    the size with which it was."""
     numbers: dict[int, int] | None = None
     """Slot -> number of the newest change whose answer is kept (`replies`); None: not looked up yet."""
     peer: Peer | None = None
@@ -189,6 +192,7 @@ class Sessions:
         session.open_count -= 1
         if not session.opens[ino]:
             del session.opens[ino]
+            session.sealed.pop(ino, None)
         self._open_counts[ino] -= 1
         self._sweep((ino,))
         return not self.is_open(ino)
@@ -218,11 +222,20 @@ class Sessions:
         session = self._sessions.get(session_id)
         return 0 if session is None else session.writes.get(ino, 0)
 
-    def clear_writers(self, ino: int, container: int) -> None:
-        """`container` is sealed: nobody writes it any more."""
+    def clear_writers(self, ino: int, container: int, sealed_size: int | None = None) -> None:
+        """`container` is sealed, or thrown away (None): nobody writes it any more."""
         for session in self._sessions.values():
             if session.writes.get(ino) == container:
                 del session.writes[ino]
+                if sealed_size is not None and session.opens[ino]:
+                    session.sealed[ino] = container, sealed_size
+
+    def sealed_size(self, session_id: int, ino: int, container: int) -> int | None:
+        """With how many bytes `container`, which the session wrote, was sealed, by whomever; None: it was
+        not, as far as is known."""
+        session = self._sessions.get(session_id)
+        known, size = (0, 0) if session is None else session.sealed.get(ino, (0, 0))
+        return size if known == container else None
 
     def end_writer(self, session_id: int, ino: int) -> bool:
         """The session has ended its writing; True when no other session writes the inode."""
@@ -235,6 +248,7 @@ class Sessions:
 
     def _set_opens(self, session: Session, opens: Counter[int]) -> None:
         old, session.opens = session.opens, opens
+        session.sealed = {ino: what for ino, what in session.sealed.items() if ino in opens}
         session.open_count = opens.total()
         self._open_counts.update(opens)
         self._open_counts.subtract(old)

@@ -71,7 +71,7 @@ class Passing:
         self._is_resting = False
         """There is nothing to look at."""
         self.nursery: trio.Nursery | None = None
-        """For programs that wait for room; None before `run` and after it."""
+        """For programs that wait for room; None when nobody is to wait: before `run`, and from its end on."""
         slabs.passing_ended = self._ended
 
     async def run(self) -> None:
@@ -88,7 +88,6 @@ class Passing:
 
     def stop(self) -> None:
         """When no task of `nursery` runs any more. Who waits goes on."""
-        self.nursery = None
         if self._brake is not None:
             self._brake.stop()
             self._brake = None
@@ -207,13 +206,15 @@ class Passing:
             for slab in [slab for slab in self._slabs.passing if slab.directory is directory]:
                 await self._charge(slab)
         target = self._ahead_bytes(directory)
-        is_due = trio.current_time() >= self._retry_at.get(directory, 0.0)
-        if not is_active or not is_due or directory.available >= target:
+        retry_at = self._retry_at.get(directory)
+        is_due = is_active if retry_at is None else trio.current_time() >= retry_at
+        if not is_due or directory.available >= target:
             return
         await self._room.free_up(directory, target)
+        self._retry_at.pop(directory, None)
         if directory.available >= HEADROOM_BYTES:
             self._release(directory)
-        elif directory.available < target:
+        elif directory.available < target and is_active:  # Once more, also when nothing is written then.
             self._retry_at[directory] = trio.current_time() + RETRY_S
 
     @staticmethod

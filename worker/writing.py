@@ -75,9 +75,11 @@ class Writing:
                 self._ending.nursery = self._passing.nursery = nursery
                 nursery.start_soon(self.leases.run)
                 nursery.start_soon(self._passing.run)
-                await trio.sleep_forever()
+                try:
+                    await trio.sleep_forever()
+                finally:  # Before it is closed: programs and clients go on asking.
+                    self._ending.nursery = self._passing.nursery = None
         finally:
-            self._ending.nursery = None
             self._passing.stop()
 
     def begin(self, peer: Peer, request: BeginWrite) -> Answer[WriteGrant] | Awaitable[Answer[WriteGrant]]:

@@ -162,10 +162,57 @@ def test_a_repeated_commit_is_no_error_while_the_next_writing_goes_on(tmp_path: 
         seal(world, one, ino, made.layout.container)
         layout = world.content.begin_write(BeginWrite(two, ino, worker[0], False))
         before = world.namespace.getattr(ino)
-        seal(world, one, ino, made.layout.container, 77)
+        seal(world, one, ino, made.layout.container)
+        assert world.namespace.getattr(ino) == before
+        with pytest.raises(StaleError):  # No repetition: its worker had taken it for the first writer.
+            seal(world, one, ino, made.layout.container, 77)
         assert world.namespace.getattr(ino) == before
         seal(world, two, ino, layout.container, 5)
         assert world.namespace.getattr(ino).size == 5
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_a_writer_who_hears_late_that_others_sealed_and_went_on(tmp_path: Path, is_open: bool) -> None:
+    async def test(world: World) -> None:
+        worker, one, two = world.worker(), world.session(), world.session()
+        made = create(world, one, b"f", worker[0])
+        ino, first = made.attr.ino, made.layout.container
+        world.sessions.add_open(two, ino)
+        assert world.content.begin_write(BeginWrite(two, ino, worker[0], False)).container == first
+        seal(world, two, ino, first)
+        second = world.content.begin_write(BeginWrite(two, ino, worker[0], False))
+        seal(world, two, ino, second.container, 5)
+        world.content.begin_write(BeginWrite(two, ino, worker[0], False))
+        before = world.namespace.getattr(ino)
+        with pytest.raises(StaleError):  # Its worker had evicted it, and took the writer for the first one.
+            seal(world, one, ino, first, 77)
+        if is_open:
+            seal(world, one, ino, first)
+        else:
+            world.sessions.release(one, ino)
+            with pytest.raises(StaleError):
+                seal(world, one, ino, first)
+        assert world.namespace.getattr(ino) == before
+
+    run(tmp_path, test)
+
+
+def test_a_writer_whose_content_was_thrown_away_hears_of_it(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, one, two = world.worker(), world.session(), world.session()
+        made = create(world, one, b"f", worker[0])
+        ino, first = made.attr.ino, made.layout.container
+        await trio.sleep(10)
+        worker = world.worker("another")
+        second = world.content.begin_write(BeginWrite(two, ino, worker[0], True))
+        assert second.container != first
+        with pytest.raises(StaleError):
+            seal(world, one, ino, first)
+        seal(world, two, ino, second.container, 5)
+        with pytest.raises(StaleError):
+            seal(world, one, ino, first)
 
     run(tmp_path, test)
 
