@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
-from rocksdict import AccessType, Options, Rdict, WriteBatch
+from rocksdict import AccessType, Options, Rdict, ReadOptions, WriteBatch
 
 from alluxiofuse import descriptors, state_disk
 from alluxiofuse.errors import StateError
@@ -66,6 +66,17 @@ def decode_record(raw: bytes, type_: type[T], what: str) -> T:
         return decoder(type_).decode(raw)
     except (msgspec.MsgspecError, ValueError, RecursionError):
         raise StateError(f"{what} is damaged: stop, and run `alluxiofuse fsck`") from None
+
+
+def _up_to(prefix: bytes) -> ReadOptions:
+    """Of an iterator that ends behind the keys with `prefix`. Without that bound it walks on over all keys
+    that were deleted lately, to the next one that is there, only for us to see that it is another's: then a
+    scan of nothing costs a millisecond after the removal of 10,000 files."""
+    options = ReadOptions()
+    stem = prefix.rstrip(b"\xff")
+    if stem:
+        options.set_iterate_upper_bound(stem[:-1] + bytes([stem[-1] + 1]))
+    return options
 
 
 class Store(StateDb):
@@ -157,21 +168,20 @@ class Store(StateDb):
         gives nothing more: never a scan that just ends early."""
         start = last = prefix if after is None else prefix + after + b"\x00"
         cut = len(prefix)
+        options = _up_to(prefix)
         self._scan_count += 1
         try:
             # `items` costs 0.15 us a key, an iterator that is moved by hand 0.4. But damage just ends it.
-            for last, value in self._cf[family].items(from_key=start):
-                if not last.startswith(prefix):
-                    return
+            for last, value in self._cf[family].items(from_key=start, read_opt=options):
                 yield last[cut:], value
-            self._check_end(family, last + b"\x00")
+            self._check_end(family, last + b"\x00", options)
         finally:
             self._scan_count -= 1
 
-    def _check_end(self, family: str, start: bytes) -> None:
+    def _check_end(self, family: str, start: bytes, options: ReadOptions) -> None:
         """StateError when what follows can't be read."""
         try:
-            iterator = self._cf[family].iter()
+            iterator = self._cf[family].iter(options)
             iterator.seek(start)
             iterator.status()
         except Exception as exc:  # rocksdict raises bare Exception

@@ -93,12 +93,13 @@ class Sealer:
                 break
         if filled:
             gate.is_punching = True  # Who wants to write waits: it would be lost.
+            slab.sealed_mtime_ns = found.st_mtime_ns
             writable = os.dup(self._slabs.fds.for_writing(slab))
             try:
                 await trio.to_thread.run_sync(checksums.punch_pages, writable, filled, limiter=self._threads)
             finally:
                 os.close(writable)
-                gate.is_punching = False
+                gate.is_punching, slab.sealed_mtime_ns = False, 0
         self._slabs.seal(slab, found.st_size, sums, zeros)
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
 

@@ -89,6 +89,7 @@ class Slab:
         "pins",
         "present",
         "reserved",
+        "sealed_mtime_ns",
         "sends",
         "sent",
         "size",
@@ -163,6 +164,9 @@ class Slab:
         it open for writing any more."""
         self.is_touched = False
         """While WRITING: it was changed, which its mtime does not say any more."""
+        self.sealed_mtime_ns = 0
+        """While its pages of zeros are made holes before a seal: when it was written last, which its file
+        does not say then; else 0."""
         self.must_empty = ""
         """While WRITING: the file's name while what is in it is of an earlier container, to be cut off."""
         self.base: Base | None = None

@@ -221,7 +221,11 @@ class FileSystem:
         if not attr.home:
             return attr
         content = self._contents.get(attr.ino)
-        if content is not None and content.writing is not None:
+        if (
+            content is not None
+            and content.writing is not None
+            and not content.is_superseded_by(attr.container)
+        ):
             return await content.looked_at(attr)
         stat = await self._ask_home(attr, worker_ops.StatContainer(attr.container))
         if stat is None:
@@ -496,7 +500,9 @@ class FileSystem:
             content.take(attr, layout)
         else:
             content.is_stale = True
-        if content.writing is not None and layout.is_shared:
+        if content.writing is not None and content.is_superseded_by(layout.container):
+            content.writing.doubt()
+        elif content.writing is not None and layout.is_shared:
             content.writing.is_shared = True
         return content
 

@@ -156,7 +156,8 @@ class Writing:
 
     def _look_at_slab(self) -> None:
         slab = self.slab
-        if slab is not None and slab.fd >= 0:
+        # A seal changes the file's time for a moment, where it makes pages of zeros holes.
+        if slab is not None and slab.fd >= 0 and not self._may_be_ended:
             found = os.fstat(slab.fd)
             self._size, self._written_ns = found.st_size, found.st_mtime_ns
 
@@ -401,6 +402,7 @@ class Writing:
         dirty = None if self._dirty is None or self.is_passing else bytes(self._dirty)
         if self.may_pass and self.slab is not None and not self.is_passing:
             self.slab.write_no_more()
+        self._look_at_slab()
         self._may_be_ended = True
         may_revert = self.is_passing and not (self.is_empty or self.is_shared)
         try:

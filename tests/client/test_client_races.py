@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from alluxiofuse.client import reading
 from alluxiofuse.client.writing import Writing
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.types import Attr
+from alluxiofuse.worker import checksums
 from alluxiofuse.worker.slab import CLEAN
 from alluxiofuse.worker.worker import Worker
 
@@ -63,6 +65,66 @@ def test_one_of_the_versions_wins_whole(kind: str, seed: int) -> None:
             assert await two.get(b"f") == found
             attr: Attr = await one.paths.stat("/f")
             assert (attr.size, attr.home) == (1000, 0)
+
+    in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_what_another_sealed_and_began_anew_is_seen_before_the_news_of_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While a file is open for writing here, in which nothing was written here."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            idle = await one.create(b"f")
+            monkeypatch.setattr(one.fs, "changed", lambda event: None)
+            await two.close(await two.open(b"f", os.O_RDWR | os.O_TRUNC))
+            writer = await two.open(b"f", os.O_RDWR)
+            await writer.write(0, b"x" * 1000)
+            ino = writer.attr.ino
+            assert (await one.fs.lookup(ROOT, ROOT_INO, b"f")).size == 1000
+            assert (await one.fs.getattr(ino)).size == 1000
+            reader = await one.open(b"f")
+            assert (await one.fs.getattr(ino)).size == 1000
+            assert bytes(await reader.read(0, 2000)) == b"x" * 1000
+            await idle.write(1000, b"y")
+            assert bytes(await writer.read(0, 2000)) == b"x" * 1000 + b"y"
+            for client, file in ((one, idle), (two, writer)):
+                await client.close(file)
+            await reader.release()
+            assert await one.get(b"f") == await two.get(b"f") == b"x" * 1000 + b"y"
+
+    in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_the_time_of_a_file_while_its_zeros_are_made_holes(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            file = await one.create(b"f")
+            await file.write(0, bytes(1 << 20))
+            written_ns = (await one.fs.getattr(file.attr.ino)).mtime_ns
+            punch, punched, looked = checksums.punch_pages, threading.Event(), threading.Event()
+
+            def slowly(fd: int, pages: int) -> None:
+                times = os.fstat(fd)
+                os.utime(fd)
+                punched.set()
+                assert looked.wait(20)
+                os.utime(fd, ns=(times.st_atime_ns, times.st_mtime_ns))
+                punch(fd, pages)
+
+            monkeypatch.setattr(checksums, "punch_pages", slowly)
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(one.close, file)
+                await until(punched.is_set)
+                for client in (one, two):
+                    assert (await client.fs.getattr(file.attr.ino)).mtime_ns == written_ns
+                looked.set()
+            assert (await two.fs.getattr(file.attr.ino)).mtime_ns == written_ns
 
     in_world(kind)(test)
 
