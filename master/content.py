@@ -33,6 +33,9 @@ from alluxiofuse.wire.types import EVENT_DATA, Attr, Event, Layout, OrphanSeal, 
 
 log = logging.getLogger(__name__)
 
+JUST_NOW_S = 0.5
+"""Far shorter than a silence after which a worker counts as back."""
+
 
 class Workers(Protocol):
     """What is needed of `workers.WorkerRegistry`."""
@@ -48,6 +51,8 @@ class Workers(Protocol):
     def blocks_of(self, container: int) -> dict[int, bytes]: ...
 
     def has_container(self, worker_id: int, container: int) -> bool: ...
+
+    def has_told_all(self, worker_id: int, since_s: float) -> bool: ...
 
     def drop_container(self, container: int, also: int = 0) -> None: ...
 
@@ -434,19 +439,22 @@ class Content:
         found = self._never_begun()
         self._suspects = {ino: self._suspects.get(ino, now) for ino in found}
         for ino, since in list(self._suspects.items()):
-            if now - since >= self._sessions.lease_s:
+            # A home that is cut off may have it, and not have told of it.
+            is_told = self._workers.has_told_all(found[ino], since)
+            if is_told and now - since >= self._sessions.lease_s:
                 self._revert(ino)
 
     def worker_ready(self, worker_id: int) -> None:
         """A worker has reported all that it has, so what it lacks it never heard of."""
-        if not self._sessions.is_recovering:
-            for ino in self._never_begun():
-                if self._namespace.existing(ino).home == worker_id:
+        just_now_s = self._namespace.clock.monotonic() - JUST_NOW_S
+        if not self._sessions.is_recovering and self._workers.has_told_all(worker_id, just_now_s):
+            for ino, home in self._never_begun().items():
+                if home == worker_id:
                     self._revert(ino)
 
-    def _never_begun(self) -> list[int]:
-        """Files whose writer vanished between telling the master and telling the home."""
-        found = []
+    def _never_begun(self) -> dict[int, int]:
+        """Files whose writer vanished between telling the master and telling the home, and their home."""
+        found = {}
         for key, _ in self._store.scan("meta", OPEN):
             ino = int.from_bytes(key, "big")
             record = self._store.inode(ino)
@@ -454,7 +462,7 @@ class Content:
                 continue
             is_there = self._workers.has_container(record.home, record.container)
             if not is_there and self._workers.is_alive(record.home):
-                found.append(ino)
+                found[ino] = record.home
         return found
 
     def _revert(self, ino: int) -> None:

@@ -24,6 +24,7 @@ from alluxiofuse.master.clock import Clock
 from alluxiofuse.master.containers import new_container, owner_record
 from alluxiofuse.master.store import Store, u64
 from alluxiofuse.wire.master_ops import (
+    REPORTS_PER_CALL,
     BlocksAccepted,
     RegisterWorker,
     Registration,
@@ -68,6 +69,8 @@ class Worker:
     epoch: int
     seen_at_s: float
     """Of the monotonic clock."""
+    told_all_at_s: float = -1.0
+    """When it had last told of everything that it has, but for clean containers of its full report."""
     life: str = ""
     """Of the process that registered."""
     poll_count: int = 0
@@ -271,6 +274,7 @@ class WorkerRegistry:
                 clean.append(report.container)
         if request.is_last and not worker.is_ready:
             worker.is_ready = True
+            worker.told_all_at_s = worker.seen_at_s
             self._tell(self.on_ready, request.worker_id)
         worker.is_complete = worker.is_complete or (request.is_last and not request.has_more)
         return BlocksAccepted(unknown, clean)
@@ -287,6 +291,8 @@ class WorkerRegistry:
             state = self._judge(worker, report)
             if state is not False and any(report.blocks):
                 self._judged(worker, report.container, state)
+        if len(request.deltas) < REPORTS_PER_CALL:
+            worker.told_all_at_s = worker.seen_at_s
         for seal in request.orphan_seals:
             for callback in self.on_orphan_seal:
                 callback(request.worker_id, seal)
@@ -363,6 +369,11 @@ class WorkerRegistry:
     def has_container(self, worker_id: int, container: int) -> bool:
         worker = self._workers.get(worker_id)
         return worker is not None and container in worker.blocks
+
+    def has_told_all(self, worker_id: int, since_s: float) -> bool:
+        """It was heard after `since_s`, and had nothing more to tell: what is not known to be there now, and
+        was begun before that, is not there."""
+        return self.is_alive(worker_id) and self._workers[worker_id].told_all_at_s > since_s
 
     def is_away(self, worker_id: int, container: int) -> bool:
         """What this worker alone had can't be had now: it is lost, or came back without it."""

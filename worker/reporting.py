@@ -26,6 +26,7 @@ from alluxiofuse.errors import (
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.rpc.tally import tally
 from alluxiofuse.wire.master_ops import (
+    REPORTS_PER_CALL,
     PersistDone,
     RegisterWorker,
     ReportBlocks,
@@ -54,7 +55,6 @@ MAX_BACKOFF_S = 5.0
 POLL_S = 30.0
 REFUSED_S = 45.0
 """After so long a refusal is no matter of time."""
-REPORTS_PER_CALL = 5000
 FREES_PER_STEP = 4
 REPORT_PAUSE_S = 0.05
 """Between calls that report clean containers: each keeps the master from others for some 20 ms."""

@@ -72,6 +72,7 @@ from alluxiofuse.wire.master_sessions import (
     WatchAnswer,
 )
 from alluxiofuse.wire.master_workers import (
+    REPORTS_PER_CALL,
     BlocksAccepted,
     PersistDone,
     RegisterWorker,
@@ -83,6 +84,7 @@ from alluxiofuse.wire.master_workers import (
 )
 
 __all__ = [
+    "REPORTS_PER_CALL",
     "Access",
     "BeginSync",
     "BeginWrite",

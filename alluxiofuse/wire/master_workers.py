@@ -69,6 +69,10 @@ class BlocksAccepted(Message):
     """Reported dirty, but persisted meanwhile: mark them clean."""
 
 
+REPORTS_PER_CALL = 5000
+"""Of a full report, and in a heartbeat. A heartbeat with fewer deltas leaves nothing untold."""
+
+
 class WorkerHeartbeat(Request[StateMark]):
     """Every `heartbeat_s`. SessionExpiredError: register again."""
 

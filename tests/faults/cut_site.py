@@ -85,23 +85,35 @@ class CutSite(Site):
 
 
 class Cut:
-    """A `kinds.Fault`: two places cut off from each other for a while, shorter than the lease: a session
-    that ends takes along the open files that have no name, which the oracle knows nothing of."""
+    """A `kinds.Fault`: two places cut off from each other for a while, in seconds `shortest_s` to
+    `longest_s`. Sessions of what is cut off from the master for longer than the lease end."""
 
-    def __init__(self, site: CutSite, first: str, second: str, *, longest_s: float = 0.6 * LEASE_S) -> None:
-        self.name = f"cut {first}-{second}"
+    def __init__(
+        self,
+        site: CutSite,
+        first: str,
+        second: str,
+        *,
+        shortest_s: float = 0.2,
+        longest_s: float = 0.6 * LEASE_S,
+    ) -> None:
+        self.name = f"cut {first}-{second}" + (" for longer than the lease" if longest_s > LEASE_S else "")
         self._site = site
         self._ends = first, second
-        self._longest_s = longest_s
+        self._times_s = shortest_s, longest_s
         self._kind = ""
 
     def aim(self, dice: random.Random) -> Aim:
         self._kind = dice.choice(KINDS)
-        return Aim(frozenset(), frozenset(self._site.mounts))
+        is_long = "m" in self._ends and self._times_s[1] > 0.6 * LEASE_S
+        lapsed = (
+            {self._site.mounts[HOSTS.index(end)] for end in self._ends if end in HOSTS} if is_long else ()
+        )
+        return Aim(frozenset(), frozenset(self._site.mounts), frozenset(lapsed))
 
     def strike(self) -> None:
         self._site.network.cut(*self._ends, self._kind)
 
     def heal(self, dice: random.Random) -> None:
-        time.sleep(dice.uniform(0.2, self._longest_s))
+        time.sleep(dice.uniform(*self._times_s))
         self._site.network.heal()

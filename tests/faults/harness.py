@@ -107,6 +107,7 @@ class Harness:
         aim = fault.aim(dice)
         for player in self.players:
             player.is_struck = player.mount in aim.felt
+            player.may_lapse = player.mount in aim.lapsed
         fault.strike()
         for player in self.players:
             player.note(f"--- {fault.name}: struck, round {self._rounds}")
@@ -123,13 +124,16 @@ class Harness:
             player.ask("forget")
             for world in player.worlds:
                 world.lose_handles()
+        for player in self.players:
+            if player.may_lapse:
+                player.forget_nameless()
         with self._timed("check"):
             self.check()
         if dice.random() < 0.5:
             with self._timed("settle"):
                 self.settle()
         for player in self.players:
-            player.is_struck = False
+            player.is_struck = player.may_lapse = False
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:

@@ -21,6 +21,8 @@ class Aim:
     felt: frozenset[Path]
     """Those whose programs may get an error that says nothing (EIO), and may lose what they did not
     sync; the dead ones among them. On others everything goes on as if nothing was."""
+    lapsed: frozenset[Path] = frozenset()
+    """Those whose session may end: what is open there without a name may be gone (ESTALE)."""
 
 
 class Fault(Protocol):

@@ -137,6 +137,11 @@ class World:
     def is_open(self, node: Node) -> bool:
         return any(handle.node is node for handle in self.handles.values())
 
+    def is_nameless(self, handle: int) -> bool:
+        """An open file that was removed, or replaced."""
+        found = self.handles.get(handle)
+        return found is not None and not any(node is found.node for node in self.names.values())
+
     def outcomes(self, op: Op) -> list[World]:
         """What may be after an operation that nobody knows of, the likeliest first. No file is open by
         it; one that it was to close is not open any more."""

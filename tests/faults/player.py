@@ -65,6 +65,8 @@ class Player:
         """Each operation with the time at which it returned."""
         self.is_struck = False
         """A fault may have met what was not made durable, and explains errors."""
+        self.may_lapse = False
+        """The mount's session may have ended: what is open without a name may be gone."""
         self.failure: BaseException | None = None
         self._acknowledged = acknowledged
         self._stop = threading.Event()
@@ -155,7 +157,8 @@ class Player:
             data = self.ask("do", op)
         except OSError as exc:
             self.note(f"{op} -> {errno.errorcode.get(exc.errno or 0, exc.errno)}")
-            if exc.errno not in UNCERTAIN or not self.is_struck:
+            is_gone = exc.errno == errno.ESTALE and self.may_lapse and world.is_nameless(op.handle)
+            if not is_gone and (exc.errno not in UNCERTAIN or not self.is_struck):
                 raise FaultFailure(f"{op}: {exc}\n{self.story(op.path)}") from None
             self.worlds = world.outcomes(op)
             return False
@@ -164,6 +167,18 @@ class Player:
         if op.name == "read":
             self._check_read(op, data)
         return True
+
+    def forget_nameless(self) -> None:
+        """Close what is open and has no name any more: it may be there, or be gone."""
+        for world in self.worlds:
+            for number in [number for number in world.handles if world.is_nameless(number)]:
+                del world.handles[number]
+                try:
+                    self.ask("do", Op("close", handle=number))
+                except OSError as exc:
+                    if exc.errno not in (errno.ESTALE, errno.EIO, errno.EBADF):
+                        raise
+                self.note(f"close handle={number}: it had no name")
 
     def _check_read(self, op: Op, data: bytes) -> None:
         versions = self.world.names[op.path].versions

@@ -187,6 +187,34 @@ def test_reading_from_a_worker_that_is_cut_off(site: CutSite, pair: tuple[Path, 
     assert (here / "stored").read_bytes() == data[::-1]
 
 
+def test_what_is_open_for_writing_outlives_a_cut_for_longer_than_the_lease(
+    site: CutSite, pair: tuple[Path, Path]
+) -> None:
+    """The client's machine, with the worker on it, can't reach the master, which gives its session up. What
+    was written before is there afterwards, synced or not, and the files are written on."""
+    here, there = pair
+    (here / "older").write_bytes(b"older content")
+    fds = {"new": os.open(here / "new", os.O_RDWR | os.O_CREAT)}
+    fds["synced"] = os.open(here / "synced", os.O_RDWR | os.O_CREAT | os.O_APPEND)
+    fds["older"] = os.open(here / "older", os.O_RDWR)
+    for name, fd in fds.items():
+        os.pwrite(fd, b"before", 0)
+        if name == "synced":
+            os.fsync(fd)
+    site.network.cut("h0", "m")
+    time.sleep(3 * LEASE_S)
+    site.network.heal()
+    wait_until(lambda: works(site.mounts[0]), "it works again")
+    for name, fd in fds.items():
+        before = b"beforecontent"[: os.fstat(fd).st_size]
+        assert os.pread(fd, 100, 0) == before, name
+        assert (there / name).read_bytes() == before, name
+        os.pwrite(fd, b"after", len(before))
+        os.fsync(fd)
+        os.close(fd)
+        assert (there / name).read_bytes() == before + b"after", name
+
+
 def test_an_idle_client_does_not_poll(site: CutSite, pair: tuple[Path, Path]) -> None:
     """The long poll is renewed a few times in a lease, whatever is cached: no request for each name."""
     here, there = pair
@@ -214,3 +242,16 @@ def test_cut_offs_under_load(ends: tuple[str, str]) -> None:
     found.expects_clean_end = False
     with running(found), Harness(found, found.mounts, DirectoryStore(found.ufs_dir), seed) as harness:
         harness.run(Cut(found, *ends), CUTOFFS)
+        harness.finish()
+
+
+@pytest.mark.parametrize("ends", ENDS if IS_LONG else ENDS[:1], ids="-".join)
+def test_cut_offs_for_longer_than_the_lease_under_load(ends: tuple[str, str]) -> None:
+    seed = seed_of_run()
+    print(f"FAULTS_SEED={seed} FAULTS_CUTOFFS={CUTOFFS}")
+    found = CutSite()
+    found.expects_clean_end = False
+    cut = Cut(found, *ends, shortest_s=0.5 * LEASE_S, longest_s=3 * LEASE_S)
+    with running(found), Harness(found, found.mounts, DirectoryStore(found.ufs_dir), seed) as harness:
+        harness.run(cut, CUTOFFS)
+        harness.finish()

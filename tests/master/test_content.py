@@ -10,9 +10,11 @@ import trio
 from namespace_world import KERNEL, World
 from test_sessions import run
 
+from alluxiofuse.config import MasterConfig
 from alluxiofuse.errors import FsError, StaleError, UnavailableError
 from alluxiofuse.ids import ROOT_INO
 from alluxiofuse.wire.master_ops import (
+    REPORTS_PER_CALL,
     BeginWrite,
     CommitContent,
     Create,
@@ -22,8 +24,9 @@ from alluxiofuse.wire.master_ops import (
     SetAttr,
     Unlink,
     WorkerCommands,
+    WorkerHeartbeat,
 )
-from alluxiofuse.wire.types import BlockReport, FreeCommand, OrphanSeal
+from alluxiofuse.wire.types import BlockReport, FreeCommand, OrphanSeal, Tier
 
 
 def create(world: World, session: int, name: bytes, home: int, exclusive: bool = True) -> Created:
@@ -33,6 +36,10 @@ def create(world: World, session: int, name: bytes, home: int, exclusive: bool =
 def seal(world: World, session: int, ino: int, container: int, size: int = 3, mtime_ns: int = 5) -> None:
     world.content.commit_content(CommitContent(session, ino, container, size, mtime_ns, True))
     world.validate()
+
+
+def beat(world: World, worker: tuple[int, int], *deltas: BlockReport) -> None:
+    world.workers.heartbeat(WorkerHeartbeat(*worker, [Tier("MEM", 1 << 30, 0, [])], list(deltas), [], 0))
 
 
 async def freed(world: World, worker: tuple[int, int]) -> set[int]:
@@ -295,10 +302,54 @@ def test_a_writer_that_vanished_before_it_began_at_the_worker(tmp_path: Path) ->
         world.content.sweep()
         assert world.namespace.getattr(made.attr.ino).home == worker[0]
         await trio.sleep(world.sessions.lease_s + 1)
+        beat(world, worker)
         world.content.sweep()
         attr = world.namespace.getattr(made.attr.ino)
         assert (attr.home, attr.container, attr.size) == (0, 0, 0)
         world.validate()
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("has_more", [False, True])
+def test_a_home_that_is_cut_off_may_have_what_it_has_not_told_of(tmp_path: Path, has_more: bool) -> None:
+    """The client's session ends, and nothing was heard from the home since it began to write."""
+
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        await trio.sleep(world.sessions.lease_s + 1)
+        world.content.end_session(session)
+        for _ in range(3):
+            world.content.sweep()
+            await trio.sleep(world.sessions.lease_s + 1)
+        assert world.namespace.getattr(made.attr.ino).home == worker[0]
+        if has_more:
+            beat(world, worker, *(BlockReport(1000 + n, b"", False) for n in range(REPORTS_PER_CALL)))
+            world.content.sweep()
+            assert world.namespace.getattr(made.attr.ino).home == worker[0]
+        beat(world, worker, BlockReport(made.layout.container, b"\1", True))
+        for _ in range(3):
+            world.content.sweep()
+            await trio.sleep(world.sessions.lease_s + 1)
+        attr = world.namespace.getattr(made.attr.ino)
+        assert (attr.home, attr.container) == (worker[0], made.layout.container)
+
+    run(tmp_path, test)
+
+
+def test_a_home_that_was_silent_for_long_reverts_nothing_before_it_has_told_all(tmp_path: Path) -> None:
+    async def test(world: World) -> None:
+        worker, session = world.worker(), world.session()
+        made = create(world, session, b"f", worker[0])
+        await trio.sleep(world.sessions.lease_s + 1)
+        world.content.end_session(session)
+        await trio.sleep(MasterConfig().worker_timeout_s + 1)
+        beat(world, worker, *(BlockReport(1000 + n, b"", False) for n in range(REPORTS_PER_CALL)))
+        assert world.namespace.getattr(made.attr.ino).home == worker[0]
+        beat(world, worker, BlockReport(made.layout.container, b"\1", True))
+        world.content.sweep()
+        assert world.namespace.getattr(made.attr.ino).home == worker[0]
 
     run(tmp_path, test)
 
