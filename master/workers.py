@@ -69,12 +69,12 @@ class Worker:
     epoch: int
     seen_at_s: float
     """Of the monotonic clock."""
-    told_all_at_s: float = -1.0
-    """When it had last told of everything that it has, but for clean containers of its full report."""
     life: str = ""
     """Of the process that registered."""
     poll_count: int = 0
     """Polls for commands that wait here now: the process lives, or its machine went a moment ago."""
+    told_all_at_s: float = -1.0
+    """When it had last told of everything that it has, but for clean containers of its full report."""
     is_ready: bool = False
     is_complete: bool = False
     """The clean containers are known too."""
