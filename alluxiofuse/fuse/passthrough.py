@@ -33,7 +33,8 @@ class BackingDevice(Protocol):
 @dataclass(slots=True)
 class _Inode:
     cached_count: int = 0
-    """Opens through the page cache."""
+    """Opens through the page cache. Direct ones that name no backing are among them, as a shared mapping of
+    such a file is: from then on the kernel refuses (EIO) an open for passthrough."""
     passing_count: int = 0
     """Opens that name the backing, served by the daemon or not."""
     backing_id: int = 0
@@ -89,12 +90,10 @@ class Passthrough:
                 if backing_id:
                     self._inodes[ino] = _Inode(0, 1, backing_id, _identity(fd))
                     return Mode(backing_id)
-        if is_direct:
-            return Mode(is_direct=True)
         if self._device is not None:
             inode = self._inodes.setdefault(ino, _Inode())
             inode.cached_count += 1
-        return ORDINARY
+        return Mode(is_direct=True) if is_direct else ORDINARY
 
     def _register(self, fd: int) -> int:
         assert self._device is not None
@@ -112,7 +111,7 @@ class Passthrough:
     def released(self, ino: int, mode: Mode) -> None:
         """An open that was answered with `mode` is over, for the kernel too."""
         inode = self._inodes.get(ino)
-        if inode is None or (mode.is_direct and not mode.backing_id):
+        if inode is None:
             return
         if mode.backing_id:
             inode.passing_count -= 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import random
 import threading
@@ -74,6 +75,22 @@ def test_both_read_and_one_writes(pair: tuple[Path, Path]) -> None:
             assert os.pread(again, 12, 0) == b"AFTER!before"
             assert os.fstat(again).st_size == 600_000
     assert theirs.read_bytes()[:6] == b"AFTER!"
+
+
+def test_emptying_what_is_mapped_by_a_direct_open(pair: tuple[Path, Path]) -> None:
+    """What the other mount's worker alone has can't be passed on here, and is opened past the page cache to be
+    appended to; an emptied file could be passed on, but for the mapping."""
+    mine, theirs = pair
+    for number in range(10):
+        theirs.write_bytes(b"%06d" % number * 1000)
+        with opened(mine, os.O_RDWR | os.O_APPEND) as appender:
+            with mmap.mmap(appender, 6000, mmap.MAP_SHARED, mmap.PROT_READ) as mapping:
+                assert mapping[:6] == b"%06d" % number
+                with opened(mine, os.O_RDWR | os.O_TRUNC) as again:
+                    os.pwrite(again, b"anew" * 10, 0)
+                    assert mapping[:4] == b"anew"
+            assert os.write(appender, b"more") == 4
+        assert mine.read_bytes() == theirs.read_bytes() == b"anew" * 10 + b"more"
 
 
 def test_both_write_one_file(pair: tuple[Path, Path]) -> None:

@@ -86,7 +86,7 @@ class CutSite(Site):
 
 class Cut:
     """A `kinds.Fault`: two places cut off from each other for a while, in seconds `shortest_s` to
-    `longest_s`. Sessions of what is cut off from the master for longer than the lease end."""
+    `longest_s`. For longer than the lease: any session may end ("link" cuts one place off from all)."""
 
     def __init__(
         self,
@@ -105,10 +105,7 @@ class Cut:
 
     def aim(self, dice: random.Random) -> Aim:
         self._kind = dice.choice(KINDS)
-        is_long = "m" in self._ends and self._times_s[1] > 0.6 * LEASE_S
-        lapsed = (
-            {self._site.mounts[HOSTS.index(end)] for end in self._ends if end in HOSTS} if is_long else ()
-        )
+        lapsed = self._site.mounts if self._times_s[1] > 0.6 * LEASE_S else []
         return Aim(frozenset(), frozenset(self._site.mounts), frozenset(lapsed))
 
     def strike(self) -> None:
