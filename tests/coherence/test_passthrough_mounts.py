@@ -78,8 +78,8 @@ def test_both_read_and_one_writes(pair: tuple[Path, Path]) -> None:
 
 
 def test_emptying_what_is_mapped_by_a_direct_open(pair: tuple[Path, Path]) -> None:
-    """What the other mount's worker alone has can't be passed on here, and is opened past the page cache to be
-    appended to; an emptied file could be passed on, but for the mapping."""
+    """What the other mount's worker alone has can't be passed on here, and is opened past the page cache to
+    be appended to; an emptied file could be passed on, but for the mapping."""
     mine, theirs = pair
     for number in range(10):
         theirs.write_bytes(b"%06d" % number * 1000)
