@@ -48,6 +48,8 @@ class Mapping:
     length: int
     twin: int
     """A descriptor of its own."""
+    where: str
+    """The file, as /proc/self/maps names it: it may have no name and no descriptor any more."""
 
 
 @dataclass
@@ -71,6 +73,19 @@ def read_all(fd: int) -> bytes:
         parts.append(chunk)
         at += len(chunk)
     return b"".join(parts)
+
+
+def place_of(fd: int) -> str:
+    found = os.fstat(fd)
+    return f" {os.major(found.st_dev):02x}:{os.minor(found.st_dev):02x} {found.st_ino} "
+
+
+def mapped_size(where: str) -> int:
+    """Of the file of a mapping of this process, as its mount has it."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if where in line:
+            return os.stat(f"/proc/self/map_files/{line.split()[0]}").st_size
+    raise Difference(f"{where} is not mapped")
 
 
 def require_same(found: bytes, wanted: bytes, what: str) -> None:
@@ -222,10 +237,12 @@ class Checks:
             require_same(read_all(handle.fd), read_all(handle.twin), what)
 
     def check_map(self, one: Mapping) -> None:
+        what = f"mapping on {self.mounts[one.mount].name}"
         size = min(one.length, os.fstat(one.twin).st_size)
-        require_same(
-            one.memory[:size], os.pread(one.twin, size, 0), f"mapping on {self.mounts[one.mount].name}"
-        )
+        # Behind the end that its mount knows there is SIGBUS, and the news of another travels.
+        if (found := mapped_size(one.where)) < size:
+            raise Difference(f"{what}: its file has {found} bytes, not {size}")
+        require_same(one.memory[:size], os.pread(one.twin, size, 0), what)
 
     def check_everything(self) -> None:
         self.check_names()

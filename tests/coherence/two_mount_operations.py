@@ -9,7 +9,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
-from two_mount_checks import LEAVES, PATHS, PLACES, Checks, Difference, Handle, Mapping, Touched
+from two_mount_checks import LEAVES, PATHS, PLACES, Checks, Difference, Handle, Mapping, Touched, place_of
 
 MAX_HANDLES = 8
 MAX_MAPS = 4
@@ -333,7 +333,7 @@ class Operations(Checks):
         if not size:
             return None
         memory = mmap.mmap(handle.fd, size, mmap.MAP_SHARED, mmap.PROT_READ)
-        self.maps.append(Mapping(mount, memory, size, os.dup(handle.twin)))
+        self.maps.append(Mapping(mount, memory, size, os.dup(handle.twin), place_of(handle.fd)))
         self.check_map(self.maps[-1])
         return None
 
