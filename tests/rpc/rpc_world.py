@@ -272,10 +272,12 @@ def run(main: Callable[[], Awaitable[T]]) -> T:
         with trio.fail_after(TIMEOUT_S):
             return await main()
 
+    gc.collect()  # What earlier tests left is not to be closed in between.
     before = open_fds()
     result = trio.run(limited)
     gc.collect()
-    assert open_fds() == before
+    left = open_fds()
+    assert left == before, f"more: {left.items() - before.items()}, fewer: {before.items() - left.items()}"
     return result
 
 
