@@ -107,11 +107,6 @@ class Content:
             await writing.look()
         return self.overlay(attr)
 
-    def is_superseded_by(self, container: int) -> bool:
-        """Others have sealed what this client was to write, and the file is `container` by now: the news of
-        it is still on its way. (Numbers of containers only grow: a smaller one is an older answer.)"""
-        return self.writing is not None and self.writing.container < container
-
     # --- what the master says -----------------------------------------------------------------------
 
     def take(self, attr: Attr, layout: Layout) -> None:

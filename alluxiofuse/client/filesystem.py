@@ -221,11 +221,8 @@ class FileSystem:
         if not attr.home:
             return attr
         content = self._contents.get(attr.ino)
-        if (
-            content is not None
-            and content.writing is not None
-            and not content.is_superseded_by(attr.container)
-        ):
+        writing = None if content is None else content.writing
+        if content is not None and writing is not None and not writing.is_superseded_by(attr.container):
             return await content.looked_at(attr)
         stat = await self._ask_home(attr, worker_ops.StatContainer(attr.container))
         if stat is None:
@@ -500,10 +497,11 @@ class FileSystem:
             content.take(attr, layout)
         else:
             content.is_stale = True
-        if content.writing is not None and content.is_superseded_by(layout.container):
-            content.writing.doubt()
-        elif content.writing is not None and layout.is_shared:
-            content.writing.is_shared = True
+        writing = content.writing
+        if writing is not None and writing.is_superseded_by(layout.container):
+            writing.doubt()
+        elif writing is not None and layout.is_shared:
+            writing.is_shared = True
         return content
 
     async def _finish_open(self, content: Content, layout: Layout, flags: int) -> OpenFile:

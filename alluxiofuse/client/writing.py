@@ -129,6 +129,11 @@ class Writing:
     def is_begun(self) -> bool:
         return self.slab is not None
 
+    def is_superseded_by(self, container: int) -> bool:
+        """Others have sealed what was to be written here, and the file is `container` by now: the news of
+        it is still on its way. (Numbers of containers only grow: a smaller one is an older answer.)"""
+        return self.container < container
+
     @property
     def takes_writes(self) -> bool:
         return self.slab is not None and not self.is_ending

@@ -97,7 +97,8 @@ class Cut:
         shortest_s: float = 0.2,
         longest_s: float = 0.6 * LEASE_S,
     ) -> None:
-        self.name = f"cut {first}-{second}" + (" for longer than the lease" if longest_s > LEASE_S else "")
+        self._is_long = longest_s > LEASE_S
+        self.name = f"cut {first}-{second}" + (" for longer than the lease" if self._is_long else "")
         self._site = site
         self._ends = first, second
         self._times_s = shortest_s, longest_s
@@ -105,7 +106,7 @@ class Cut:
 
     def aim(self, dice: random.Random) -> Aim:
         self._kind = dice.choice(KINDS)
-        lapsed = self._site.mounts if self._times_s[1] > 0.6 * LEASE_S else []
+        lapsed = self._site.mounts if self._is_long else []
         return Aim(frozenset(), frozenset(self._site.mounts), frozenset(lapsed))
 
     def strike(self) -> None:

@@ -42,6 +42,15 @@ def beat(world: World, worker: tuple[int, int], *deltas: BlockReport) -> None:
     world.workers.heartbeat(WorkerHeartbeat(*worker, [Tier("MEM", 1 << 30, 0, [])], list(deltas), [], 0))
 
 
+async def vanished(world: World) -> tuple[tuple[int, int], Created]:
+    """A home, and a file created there whose writer's session has ended before the home told of it."""
+    worker, session = world.worker(), world.session()
+    made = create(world, session, b"f", worker[0])
+    await trio.sleep(world.sessions.lease_s + 1)  # else it could be of the life before
+    world.content.end_session(session)
+    return worker, made
+
+
 async def freed(world: World, worker: tuple[int, int]) -> set[int]:
     """Containers that the worker is told to drop."""
     found: set[int] = set()
@@ -295,10 +304,7 @@ def test_an_older_write_that_is_committed_later_does_not_turn_the_time_back(tmp_
 
 def test_a_writer_that_vanished_before_it_began_at_the_worker(tmp_path: Path) -> None:
     async def test(world: World) -> None:
-        worker, session = world.worker(), world.session()
-        made = create(world, session, b"f", worker[0])
-        await trio.sleep(world.sessions.lease_s + 1)  # else it could be of the life before
-        world.content.end_session(session)
+        worker, made = await vanished(world)
         world.content.sweep()
         assert world.namespace.getattr(made.attr.ino).home == worker[0]
         await trio.sleep(world.sessions.lease_s + 1)
@@ -316,10 +322,7 @@ def test_a_home_that_is_cut_off_may_have_what_it_has_not_told_of(tmp_path: Path,
     """The client's session ends, and nothing was heard from the home since it began to write."""
 
     async def test(world: World) -> None:
-        worker, session = world.worker(), world.session()
-        made = create(world, session, b"f", worker[0])
-        await trio.sleep(world.sessions.lease_s + 1)
-        world.content.end_session(session)
+        worker, made = await vanished(world)
         for _ in range(3):
             world.content.sweep()
             await trio.sleep(world.sessions.lease_s + 1)
@@ -340,10 +343,7 @@ def test_a_home_that_is_cut_off_may_have_what_it_has_not_told_of(tmp_path: Path,
 
 def test_a_home_that_was_silent_for_long_reverts_nothing_before_it_has_told_all(tmp_path: Path) -> None:
     async def test(world: World) -> None:
-        worker, session = world.worker(), world.session()
-        made = create(world, session, b"f", worker[0])
-        await trio.sleep(world.sessions.lease_s + 1)
-        world.content.end_session(session)
+        worker, made = await vanished(world)
         await trio.sleep(MasterConfig().worker_timeout_s + 1)
         beat(world, worker, *(BlockReport(1000 + n, b"", False) for n in range(REPORTS_PER_CALL)))
         assert world.namespace.getattr(made.attr.ino).home == worker[0]
