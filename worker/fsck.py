@@ -357,7 +357,7 @@ class WorkerCheck:
             self.findings.problem(
                 "pages-damaged",
                 f"{path}: its page table can't be read; it is made anew when the file is sealed",
-                self._forget_pages(container, record.size),
+                self._forget_pages(container),
             )
         if record.state == CLEAN and (looked.bad or looked.unsure or looked.is_wrong):
             self._clean_is_bad(held, looked)
@@ -372,10 +372,13 @@ class WorkerCheck:
             return None
         return Held(self, container, record.state, record.size, trouble=f"{path}: {reason}")
 
-    def _forget_pages(self, container: int, size: int) -> Mend:
+    def _forget_pages(self, container: int) -> Mend:
+        """All that there are: how many pages a slab has that is written to, its record does not say."""
+
         def change() -> None:
             batch = self.index.batch()
-            batch.delete_chunks(container, 0, page_count(size))
+            for key, _ in self.index.items(b"p" + u64(container)):
+                batch.raw.delete(b"p" + u64(container) + key)
             self.index.commit(batch)
 
         return change

@@ -10,7 +10,7 @@ from alluxiofuse.errors import StateError
 from alluxiofuse.ids import PAGE_BYTES, page_count, page_length, runs
 from alluxiofuse.worker import checksums
 from alluxiofuse.worker.checksums import bits, is_zero, mask_of
-from alluxiofuse.worker.index import CHUNK_PAGES, Index, SlabRecord
+from alluxiofuse.worker.index import CHUNK_PAGES, Index, SlabRecord, is_chunk, u64
 from alluxiofuse.worker.slab import CLEAN, DIRTY, WRITING
 
 _STEP_PAGES = 64
@@ -36,9 +36,9 @@ def look(
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         found = os.fstat(fd)
-        sums, unsure = _stored(index, container, record)
         if record.state == WRITING:
-            return Looked(found.st_size, found.st_mtime_ns, unsure=unsure.bit_count())
+            return Looked(found.st_size, found.st_mtime_ns, unsure=_damaged_tables(index, container))
+        sums, unsure = _stored(index, container, record)
         looked = Looked(record.size, found.st_mtime_ns, is_wrong=found.st_size != record.size)
         looked.unsure = unsure.bit_count()
         bad = _bad_pages(fd, found.st_size, record, sums, verify, advance)
@@ -49,6 +49,13 @@ def look(
         return looked
     finally:
         os.close(fd)
+
+
+def _damaged_tables(index: Index, container: int) -> int:
+    """The pages that they are for. Of a slab that is written to the record's size is of before."""
+    return sum(
+        CHUNK_PAGES for key, raw in index.items(b"p" + u64(container)) if len(key) != 8 or not is_chunk(raw)
+    )
 
 
 def _stored(index: Index, container: int, record: SlabRecord) -> tuple[dict[int, int], int]:

@@ -43,6 +43,7 @@ FORMAT = 1
 T = TypeVar("T")
 CHUNK_PAGES = 64
 _CHUNK = struct.Struct("<Q64Q")
+_ZEROS_BYTES = 8
 _FULL = (1 << CHUNK_PAGES) - 1
 
 
@@ -141,7 +142,7 @@ class Batch:
         if not present:
             self.raw.delete(key)
         elif all(values[i] == ZERO_PAGE for i in bits(present)):
-            self.raw.put(key, present.to_bytes(8, "little"))
+            self.raw.put(key, present.to_bytes(_ZEROS_BYTES, "little"))
         else:
             self.raw.put(key, _CHUNK.pack(present, *values))
 
@@ -277,10 +278,10 @@ class Index(StateDb):
         value = self.get(b"p" + u64(container) + u64(chunk))
         if value is None:
             return 0, [0] * CHUNK_PAGES
-        if len(value) == 8:
-            return int.from_bytes(value, "little"), [ZERO_PAGE] * CHUNK_PAGES
-        if len(value) != _CHUNK.size:
+        if not is_chunk(value):
             raise self._damaged("a page table")
+        if len(value) == _ZEROS_BYTES:
+            return int.from_bytes(value, "little"), [ZERO_PAGE] * CHUNK_PAGES
         present, *values = _CHUNK.unpack(value)
         return present, values
 
@@ -399,6 +400,11 @@ class Index(StateDb):
             iterator.status()  # never a scan that just ends early
         except Exception as exc:  # rocksdict raises bare Exception
             raise self._unreadable(exc) from None
+
+
+def is_chunk(raw: bytes) -> bool:
+    """It can be the value of a key b"p"."""
+    return len(raw) in (_ZEROS_BYTES, _CHUNK.size)
 
 
 def _by_chunk(pages: dict[int, int]) -> Iterator[tuple[int, list[int]]]:

@@ -82,16 +82,19 @@ def record_of_a_dirty_slab_damaged(site: LocalDaemon) -> None:
     change_index(site, lambda batch: batch.raw.put(b"c" + u64(container), b"\x93garbage"))
 
 
+def damage_page_table(site: LocalDaemon, name: str) -> None:
+    container = container_of(site, name)
+    change_index(site, lambda batch: batch.raw.put(b"p" + u64(container) + u64(0), b"?"))
+
+
 @damage("pages-damaged", named="/dirty.bin")
 def page_table_of_a_dirty_slab_damaged(site: LocalDaemon) -> None:
-    container = container_of(site, "dirty.bin")
-    change_index(site, lambda batch: batch.raw.put(b"p" + u64(container) + u64(0), b"?"))
+    damage_page_table(site, "dirty.bin")
 
 
 @damage("slab-damaged")
 def page_table_of_a_clean_slab_damaged(site: LocalDaemon) -> None:
-    container = container_of(site, "clean.bin")
-    change_index(site, lambda batch: batch.raw.put(b"p" + u64(container) + u64(0), b"?"))
+    damage_page_table(site, "clean.bin")
 
 
 @damage("pages-stale")

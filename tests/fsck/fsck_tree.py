@@ -6,10 +6,12 @@ import os
 import shutil
 import stat
 import subprocess
+from collections.abc import Iterable
 from pathlib import Path
 
 from daemons import LocalDaemon
 from fsck_world import slab_of, store_of
+from servers import wait_until
 
 from alluxiofuse.master import places
 from alluxiofuse.master.store import Store, u64
@@ -56,6 +58,13 @@ def build(site: LocalDaemon) -> None:
     os.link(top / "hard1", top / "hard2")
     os.symlink("clean.bin", top / "link")
     os.setxattr(top / "dirty.bin", b"user.color", b"blue")
+    wait_until(lambda: not is_any_open(site, DIRTY_FILES), "what was closed is sealed")
+
+
+def is_any_open(site: LocalDaemon, names: Iterable[str]) -> bool:
+    """For writing: close(2) returns before the worker has ended it."""
+    found = site.fs_json("stat", *(f"/{name}" for name in names))
+    return any(one["is_open_for_write"] for one in found)
 
 
 def expected() -> dict[str, bytes | str]:

@@ -3,6 +3,7 @@ and in the under storage once it is persisted."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 
@@ -12,8 +13,8 @@ import damages_tree as of_tree
 import pytest
 from daemons import LocalDaemon
 from damage import container_of
-from fsck_tree import build, expected
-from fsck_world import check_clean, find, repair, store_of
+from fsck_tree import MIB, build, content, expected
+from fsck_world import check_clean, damage_of, find, repair, store_of
 
 Start = Callable[..., LocalDaemon]
 NO_UPLOADS = {"ALLUXIOFUSE_MASTER_PERSIST_DELAY_S": "1h"}
@@ -88,6 +89,24 @@ def test_the_daemon_goes_on(local_daemon: Start, group: str) -> None:
     assert site.stop() == 0, site.daemon.log_text()
     assert "Traceback" not in site.daemon.log_text()
     check_clean(site.state, arguments=("--verify-data",))
+
+
+def test_a_damaged_page_table_of_what_was_being_written(local_daemon: Start) -> None:
+    """Its record in the index has the size of before."""
+    site = local_daemon(env=NO_UPLOADS)
+    data = content("open", 3 * MIB + 5)
+    fd = os.open(site.mount / "open", os.O_RDWR | os.O_CREAT)
+    os.write(fd, data)
+    os.fsync(fd)
+    site.kill()
+    with contextlib.suppress(OSError):  # flushed to nobody
+        os.close(fd)
+    of_slabs.damage_page_table(site, "open")
+    assert {one["code"] for one in damage_of(repair(site.state))} == {"pages-damaged"}
+    site.daemon.start()
+    site.wait_persisted()
+    assert (site.mount / "open").read_bytes() == (site.ufs_dir / "open").read_bytes() == data
+    assert site.stop() == 0, site.daemon.log_text()
 
 
 def compare(site: LocalDaemon, wanted: dict[str, bytes | str]) -> None:
