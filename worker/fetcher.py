@@ -185,6 +185,7 @@ class Fetcher:
                 if self._mounts.known(where.mount_id) is None:
                     await self._mounts.storage(where.mount_id)
                     continue
+                absent = self._widened(slab, absent, where)
                 cost = slab.cost_of(absent)
                 if not patience_s and slab.directory.reader_room < cost:
                     raise NoSpaceError("open files hold as much of the tier as they may")
@@ -317,6 +318,15 @@ class Fetcher:
         if found is None:
             raise StaleError(f"container {slab.container:x} is not complete here and has no source")
         return found
+
+    def _widened(self, slab: Slab, pages: int, source: UfsSource) -> int:
+        """All pages, where the store's checksum is of the whole file and there is room."""
+        storage = self._mounts.known(source.mount_id)
+        whole_bytes = storage.capabilities.whole_read_bytes if storage else 0
+        if slab.size > whole_bytes or slab.present or slab.inflight:
+            return pages
+        has_room = slab.cost_of(slab.all_pages) <= slab.directory.reader_room
+        return slab.all_pages if has_room else pages
 
     def _ranges(self, pages: int, source: UfsSource) -> list[tuple[int, int]]:
         """Runs of pages, cut at the connector's preferred size."""

@@ -46,7 +46,7 @@ OTHER_HOME_S = 1.0
 
 
 class Content:
-    def __init__(self, core: Core, attr: Attr, layout: Layout) -> None:
+    def __init__(self, core: Core, attr: Attr, layout: Layout, known_at: int) -> None:
         self.core = core
         self.ino = attr.ino
         self.attr = attr
@@ -61,8 +61,8 @@ class Content:
         `files` is released."""
         self.slab: Slab | None = None
         """Attached for reading `layout`'s container (while not `writing`)."""
-        self.is_stale = False
-        """The master said that attributes or content changed: ask before the next use."""
+        self._known_at = known_at
+        """On the clock of `core.changes`: what has changed until then is in `attr` and `layout`."""
         self.data_event_count = 0
         """How often the master said that other sessions changed the content."""
         self.replaced: set[int] = set()
@@ -70,6 +70,22 @@ class Content:
         must not go on with the next."""
         self.error: AlluxioFuseError | None = None
         """What a release or background commit failed with; the next flush or fsync raises it."""
+
+    @property
+    def is_stale(self) -> bool:
+        """Attributes or content changed, or may have: ask the master before the next use. Stays so until
+        its answer is here, for all who need it meanwhile."""
+        return not self.core.changes.is_current(self._known_at, self.ino)
+
+    def doubt(self) -> None:
+        """From now on it is stale."""
+        self.core.changes.note(self.ino)
+
+    def _settle(self) -> None:
+        """It has just changed by us, and what it is now is known here: answers to what was asked before are
+        out of date, and no event says so (a session is not told of its own changes)."""
+        self.core.changes.note(self.ino)
+        self._known_at = self.core.changes.now
 
     @property
     def is_written(self) -> bool:
@@ -109,9 +125,16 @@ class Content:
 
     # --- what the master says -----------------------------------------------------------------------
 
-    def take(self, attr: Attr, layout: Layout) -> None:
-        """A fresh answer of the master. What this client writes itself it knows better. `is_stale`
-        stays: an event may have overtaken the answer."""
+    def heard(self, attr: Attr, layout: Layout, asked_at: int) -> bool:
+        """The master's answer to what was asked at `asked_at`. False: more recent things are known."""
+        if asked_at < self._known_at:
+            return False
+        self._known_at = asked_at
+        self._take(attr, layout)
+        return True
+
+    def _take(self, attr: Attr, layout: Layout) -> None:
+        """What this client writes itself it knows better."""
         self.attr = attr
         if self.writing is not None:
             return
@@ -121,25 +144,18 @@ class Content:
 
     async def refresh(self, *, is_patient: bool = True) -> None:
         """Ask the master where the content is now. Not patient: ConnectionLost when it is away."""
-        session = self.core.session
-        before = self.layout
-        self.is_stale = False
+        session, asked_at = self.core.session, self.core.changes.now
         request = ops.Open(SUPERUSER, session.id, self.ino, False)
 
         def late(_: ops.Opened) -> None:
             session.release(self.ino)
 
-        try:
-            if is_patient:
-                opened = await session.call(request, is_idempotent=True, on_late=late)
-            else:
-                opened = await session.call_now(request, late)
-        except BaseException:
-            self.is_stale = True
-            raise
+        if is_patient:
+            opened = await session.call(request, is_idempotent=True, on_late=late)
+        else:
+            opened = await session.call_now(request, late)
         session.release(self.ino)
-        if self.layout is before:
-            self.take(opened.attr, opened.layout)
+        self.heard(opened.attr, opened.layout, asked_at)
 
     async def source_changed(self, layout: Layout) -> bool:
         """The under storage has another version than `layout` says. False: no, only elsewhere or with other
@@ -158,7 +174,7 @@ class Content:
             self._replace(layout)
         if self.layout is layout:
             attr = msgspec.structs.replace(self.attr, size=new.size, container=new.container)
-            self.take(attr, new)
+            self._take(attr, new)
         return is_other
 
     def _replace(self, layout: Layout) -> None:
@@ -256,7 +272,7 @@ class Content:
     def _unassign(self) -> None:
         """Forget a write state in which nothing was written."""
         self.writing = None
-        self.is_stale = True
+        self.doubt()
         self.core.kernel_pages.forget(self.ino)
 
     async def assign(self, *, is_truncating: bool) -> Writing:
@@ -287,7 +303,7 @@ class Content:
 
     def start(self, writing: Writing) -> None:
         self.writing = writing
-        self.core.transition_count += 1
+        self._settle()
 
     async def _abandon(self, writing: Writing) -> None:
         """The home has no room to begin: let the old content be the content again. A new or emptied
@@ -304,7 +320,7 @@ class Content:
             self._unassign()  # Others have joined us, ended it and gone on: there is nothing to give back.
             return
         self.writing = None
-        self.is_stale = True
+        self.doubt()
         self.core.kernel_pages.written(self.ino, writing.container, old.container)
 
     async def seal(self) -> None:
@@ -330,6 +346,7 @@ class Content:
         if end.is_reverted:
             await self._commit_reverted(writing)
             return
+        asked_at = self.core.changes.now
         try:
             attr = await self._tell_end(writing, end)
             if writing.is_unbegun and attr.home and attr.container == writing.container:
@@ -343,13 +360,15 @@ class Content:
             return
         self.attr = attr
         self.writing = None
-        self.core.transition_count += 1
         home = 0 if end.is_sealed else writing.worker_id
         self.layout = Layout(
             self.ino, writing.container, end.size, self.layout.block_bytes, None, home, [writing.worker_id]
         )
         is_ours = attr.container == writing.container and attr.size == end.size and not attr.home
-        self.is_stale = not is_ours  # Others write to it, or did.
+        is_news = not self.core.changes.is_current(asked_at, self.ino)
+        self._settle()
+        if is_news or not is_ours:
+            self.doubt()  # Others write to it, or did.
         self.slab = writing.close()
         if self.slab is not None:
             self.core.slabs.adopt(self.slab)
@@ -364,8 +383,7 @@ class Content:
             self.give_up()
             return
         self.writing = None
-        self.core.transition_count += 1
-        self.is_stale = True
+        self.doubt()
         self.core.kernel_pages.forget(self.ino)
         slab = writing.close()
         if slab is not None:
@@ -518,7 +536,7 @@ class Content:
                 log.debug("inode %d is not synced by its slab: %s", self.ino, exc)
             if await patience.is_persisted(self.ino, layout.container, SYNC_WAIT_S):
                 return
-            self.is_stale = True  # It may be open for writing elsewhere by now: then it is not for us.
+            self.doubt()  # It may be open for writing elsewhere by now: then it is not for us.
 
     def raise_pending(self) -> None:
         error, self.error = self.error, None
@@ -544,4 +562,4 @@ class Content:
         if writing is not None:
             writing.abandon()
         self.core.kernel_pages.forget(self.ino)
-        self.is_stale = True
+        self.doubt()

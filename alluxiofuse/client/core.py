@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import trio
 
+from alluxiofuse.client.changes import ChangeLog
 from alluxiofuse.client.direct import DirectReader
 from alluxiofuse.client.session import Session
 from alluxiofuse.client.slabs import SlabCache
@@ -108,10 +109,8 @@ class Core:
     contents: dict[int, Content] = field(default_factory=dict)
     """Of the inodes that are open, by number."""
     recent: RecentContents = field(default_factory=lambda: RecentContents())
-    transition_count: int = 0
-    """How often writing began or ended in this client: answers to what was asked before may be out of
-    date without an event that says so (a session is not told of its own changes)."""
-
+    changes: ChangeLog = field(default_factory=lambda: ChangeLog())
+    """When attributes or content of inodes changed last, by others or by this client."""
     outage_since_s: float | None = None
     """When the outage of workers for writing began that lasts; None: the last one that was asked answered."""
     outage_seen_at_s: float = 0.0

@@ -180,19 +180,19 @@ class FileSystem:
         elif event.kind == EVENT_DATA:
             self._core.kernel_pages.forget(event.ino)
         self._core.recent.forget(event.ino)
+        if event.kind in (EVENT_ATTR, EVENT_DATA):
+            self._core.changes.note(event.ino)
         content = self._contents.get(event.ino)
-        if content is not None and event.kind in (EVENT_ATTR, EVENT_DATA):
-            content.is_stale = True
-            if event.kind == EVENT_DATA:
-                content.data_event_count += 1
-                if content.writing is not None:
-                    content.writing.doubt()
+        if content is not None and event.kind == EVENT_DATA:
+            content.data_event_count += 1
+            if content.writing is not None:
+                content.writing.doubt()
 
     def all_changed(self) -> None:
         self._core.kernel_pages.clear()
         self._core.recent.clear()
+        self._core.changes.note_all()
         for content in self._contents.values():
-            content.is_stale = True
             if content.writing is not None:
                 content.writing.doubt()
 
@@ -420,7 +420,7 @@ class FileSystem:
             return await self._session.call(request, on_late=self._opened_late)
 
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        asked_at = self._core.transition_count
+        asked_at = self._core.changes.now
         created = await (self._core.with_home(ask) if is_writer else ask(0))
         content = self._opened(created.attr, created.layout, asked_at)
         if not created.is_new:
@@ -438,7 +438,7 @@ class FileSystem:
     async def open(self, who: Caller, ino: int, flags: int = os.O_RDONLY) -> OpenFile:
         """open(2) of an inode; O_TRUNC is done here, O_APPEND is kept in the file."""
         is_writer = flags & os.O_ACCMODE != os.O_RDONLY or bool(flags & os.O_TRUNC)
-        asked_at = self._core.transition_count
+        asked_at = self._core.changes.now
         known = None if is_writer else self._known_alone(ino)
         if known is not None:
             # The master hears of it when it is back, from the list of what is open.
@@ -488,15 +488,13 @@ class FileSystem:
         self._session.release(answer.attr.ino)
 
     def _opened(self, attr: Attr, layout: Layout, asked_at: int) -> Content:
-        """The master has counted an open: an OpenFile must follow without an await. `asked_at`: the
-        transition count when it was asked."""
+        """The master has counted an open: an OpenFile must follow without an await. `asked_at`: on the clock
+        of `Core.changes`."""
         content = self._contents.get(attr.ino)
         if content is None:
-            content = self._contents[attr.ino] = Content(self._core, attr, layout)
-        elif asked_at == self._core.transition_count:
-            content.take(attr, layout)
-        else:
-            content.is_stale = True
+            content = self._contents[attr.ino] = Content(self._core, attr, layout, asked_at)
+        elif not content.heard(attr, layout, asked_at):
+            content.doubt()
         writing = content.writing
         if writing is not None and writing.is_superseded_by(layout.container):
             writing.doubt()

@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 import pyfuse3
 
-from alluxiofuse.fuse.changes import ChangeLog
+from alluxiofuse.client.changes import ChangeLog
 from alluxiofuse.fuse.invalidation import Invalidator
 from alluxiofuse.wire.types import Attr
 

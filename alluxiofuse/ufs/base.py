@@ -41,6 +41,9 @@ class Capabilities:
     """How many ranges of one file are worth fetching at once."""
     preferred_read_bytes: int
     """Range size that gives most of the bandwidth."""
+    whole_read_bytes: int = 0
+    """A file of up to this size is compared with the store's checksum, for which it has to be read whole:
+    ask for all of it at once. 0: there is none."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ import stat as stat_bits
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ from alluxiofuse.ufs.s3_data import S3Reader, Unclear
 from alluxiofuse.ufs.s3_options import ListToken, S3Options, key_of, path_of, still_open
 from alluxiofuse.ufs.s3_pace import NoAnswer
 from alluxiofuse.ufs.s3_upload import S3Uploader
+from alluxiofuse.ufs.s3_verify import WHOLE_BYTES, Bodies, Checks, Verifier
 
 _DELETE_BATCH = 1000
 _MAX_LIST = 1000
@@ -59,7 +61,8 @@ class S3UnderStorage(UnderStorage):
         has_strong_versions=True,
         default_sync_interval_s=60.0,
         max_parallel_reads=8,
-        preferred_read_bytes=8 << 20,
+        preferred_read_bytes=WHOLE_BYTES,
+        whole_read_bytes=WHOLE_BYTES,
     )
 
     def __init__(self, options: S3Options) -> None:
@@ -69,6 +72,10 @@ class S3UnderStorage(UnderStorage):
         self._client = S3Client(options)
         self._api = self._client.api
         self._reader = S3Reader(options, self._client)
+        self._verifier = Verifier(options, self._client)
+        self._bodies = Bodies()
+        if not options.verify:
+            self.capabilities = replace(self.capabilities, whole_read_bytes=0)
         self._uploader = S3Uploader(options, self._client)
         self._lock = threading.Lock()
         self._has_batches = True
@@ -142,18 +149,32 @@ class S3UnderStorage(UnderStorage):
 
     def read(self, path: bytes, offset: int, length: int, fingerprint: bytes | None = None) -> Buffer:
         check_path(path)
-        etag = None
-        if fingerprint is not None:
-            etag, size = _parse(fingerprint)
-            length = min(length, size - offset)
+        if fingerprint is None:
+            return self._read(path, offset, length, None, None) if length > 0 else b""
+        etag, size = _parse(fingerprint)
+        length = min(length, size - offset)
         if length <= 0:
             return b""
+        if length == size or not self._verifier.needs_whole(size, etag):
+            return self._read(path, offset, length, etag, fingerprint)
         key = self._key(path)
+        body = self._bodies.get(key, fingerprint)
+        if body is None:
+            body = self._read(path, 0, size, etag, fingerprint)
+            self._bodies.keep(key, fingerprint, body)
+        return memoryview(body)[offset : offset + length]
+
+    def _read(
+        self, path: bytes, offset: int, length: int, etag: str | None, fingerprint: bytes | None
+    ) -> Buffer:
+        """One request; what it gives is compared where it is a whole object."""
+        key = self._key(path)
+        checks = self._verifier.begin(key)
         data: Buffer
         try:
-            data, now_size, now_etag = self._reader.read(key, offset, length, etag)
+            data, now_size, now_etag = self._reader.read(key, offset, length, etag, checks)
         except Unclear:
-            data, now_size, now_etag = self._read_slowly(key, path, offset, length, etag)
+            data, now_size, now_etag = self._read_slowly(key, path, offset, length, etag, checks)
         if fingerprint is not None and _fingerprint(now_etag, now_size) != fingerprint:
             raise UfsChangedError(f"{self.uri}/{show(path)} was changed outside")
         return data
@@ -251,14 +272,14 @@ class S3UnderStorage(UnderStorage):
         return bool(page.get("Contents"))
 
     def _read_slowly(
-        self, key: str, path: bytes, offset: int, length: int, etag: str | None
+        self, key: str, path: bytes, offset: int, length: int, etag: str | None, checks: Checks
     ) -> tuple[bytes, int, str]:
         """By boto3: as `S3Reader.read`, any key, and with exact errors."""
         wanted = {"IfMatch": etag} if etag is not None else {}
         what = self._what(path)
         try:
             found: tuple[bytes, int, str] | None = self._client.call(
-                what, self._range, key=key, offset=offset, length=length, wanted=wanted
+                what, self._range, key=key, offset=offset, length=length, wanted=wanted, checks=checks
             )
         except UfsNotFoundError:
             if self._has_below(path):
@@ -270,7 +291,7 @@ class S3UnderStorage(UnderStorage):
         return found
 
     def _range(
-        self, key: str, offset: int, length: int, wanted: dict[str, str]
+        self, key: str, offset: int, length: int, wanted: dict[str, str], checks: Checks
     ) -> tuple[bytes, int, str] | None:
         """One attempt. None where the object ends before `offset`."""
         try:
@@ -288,6 +309,7 @@ class S3UnderStorage(UnderStorage):
         size = int(answer["ContentRange"].rpartition("/")[2])
         if len(body) != min(length, size - offset):
             raise NoAnswer(f"{self._options.place}: an answer was cut short")
+        checks.check(offset, body, size, answer["ETag"])
         return body, size, answer["ETag"]
 
     def _delete_keys(self, keys: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ from alluxiofuse.errors import UfsChangedError, UfsUnavailableError
 from alluxiofuse.ufs.s3_client import CONNECT_TIMEOUT_S, S3Client
 from alluxiofuse.ufs.s3_options import S3Options
 from alluxiofuse.ufs.s3_pace import NoAnswer, Throttled
-from alluxiofuse.ufs.s3_verify import Verifier
+from alluxiofuse.ufs.s3_verify import Checks
 
 if TYPE_CHECKING:
     from obstore import GetOptions
@@ -84,7 +84,6 @@ class S3Reader:
             retry_config={"max_retries": 0, "retry_timeout": timedelta(seconds=options.timeout_s)},
             **keys,
         )
-        self._verifier = Verifier(options, client)
 
     def _credentials(self) -> Any:
         access_key, secret_key, token = self._client.credentials()
@@ -95,19 +94,18 @@ class S3Reader:
             "expires_at": datetime.now(UTC) + _CREDENTIALS_LIFE,
         }
 
-    def read(self, key: str, offset: int, length: int, etag: str | None) -> tuple[memoryview, int, str]:
+    def read(
+        self, key: str, offset: int, length: int, etag: str | None, checks: Checks
+    ) -> tuple[memoryview, int, str]:
         """([offset, offset + length) cut at the object's end, the object's size, its ETag).
 
         `length` > 0. With `etag` (quoted): UfsChangedError for another version. UfsUnavailableError
-        for a body that is shorter than announced. A whole object is compared with its checksum
-        (`Verifier`). Unclear: ask the control path."""
-        checks = self._verifier.begin(key)
+        for a body that is shorter than announced. Unclear: ask the control path."""
 
         def work() -> tuple[memoryview, int, str]:
-            found = self._attempt(key, offset, length, etag)
-            if offset == 0 and len(found[0]) == found[1]:
-                checks.check(found[0], found[2])
-            return found
+            data, size, now_etag = self._attempt(key, offset, length, etag)
+            checks.check(offset, data, size, now_etag)
+            return data, size, now_etag
 
         return self._client.pace.run(work)
 

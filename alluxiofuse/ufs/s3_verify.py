@@ -6,8 +6,9 @@ first taken for damage, and the body is fetched again; when it comes the same ag
 other checksum decides (`x-amz-checksum-*`, which boto3 verifies). Where there is none, it is damage,
 unless the store says that the object is encrypted so.
 
-What has no checksum that a reader could compare cheaply, and so is not covered: ranges of an object,
-and objects that were stored in parts (their ETag has a dash).
+So of an object of up to `WHOLE_BYTES` a range is never taken as it comes: the object is fetched whole,
+and compared. What has no checksum that a reader could compare cheaply, and so is not covered: larger
+objects, and those that were stored in parts (their ETag has a dash).
 """
 
 from __future__ import annotations
@@ -15,14 +16,19 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+import threading
+from collections import OrderedDict
 from typing import Any
 
+from alluxiofuse.ufs.base import Buffer
 from alluxiofuse.ufs.s3_client import S3Client, calls
 from alluxiofuse.ufs.s3_options import S3Options
 from alluxiofuse.ufs.s3_pace import Damaged
 
 log = logging.getLogger(__name__)
 
+WHOLE_BYTES = 8 << 20
+_MAX_BODIES = 2
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 
 
@@ -41,6 +47,10 @@ class Verifier:
 
     def is_wanted(self, etag: str) -> bool:
         return self._is_on and _MD5.fullmatch(etag) is not None
+
+    def needs_whole(self, size: int, etag: str | None) -> bool:
+        """A range of that object could not be compared."""
+        return size <= WHOLE_BYTES and etag is not None and self.is_wanted(etag)
 
     def is_other_sum(self, key: str, body: bytes) -> bool:
         """The ETag is no MD5 of these bytes, though they are what is stored. Part of an attempt."""
@@ -71,9 +81,9 @@ class Checks:
         self._before = b""
         """The MD5 that came last time."""
 
-    def check(self, body: memoryview, etag: str) -> None:
-        """Damaged: try again."""
-        if not self._verifier.is_wanted(etag):
+    def check(self, offset: int, body: Buffer, size: int, etag: str) -> None:
+        """What came from `offset` on of an object of `size` bytes. Damaged: try again."""
+        if offset or len(body) != size or not self._verifier.is_wanted(etag):
             return
         digest = hashlib.md5(body, usedforsecurity=False).digest()
         if digest.hex() == etag.strip('"'):
@@ -82,3 +92,21 @@ class Checks:
             return
         self._before = digest
         raise Damaged(f"{self._verifier.place}: {self._key}: what arrived is not what is stored")
+
+
+class Bodies:
+    """The last objects of which only ranges were wanted, for who asks for the next range. Used by threads."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[tuple[str, bytes], Buffer] = OrderedDict()  # guarded by _lock
+
+    def get(self, key: str, fingerprint: bytes) -> Buffer | None:
+        with self._lock:
+            return self._kept.get((key, fingerprint))
+
+    def keep(self, key: str, fingerprint: bytes, body: Buffer) -> None:
+        with self._lock:
+            self._kept[key, fingerprint] = body
+            if len(self._kept) > _MAX_BODIES:
+                self._kept.popitem(last=False)

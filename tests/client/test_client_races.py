@@ -16,6 +16,7 @@ from client_world import IN_PROCESS, ROOT, TCP, UNIX, Client, World, in_world, u
 from alluxiofuse.client import reading
 from alluxiofuse.client.writing import Writing
 from alluxiofuse.ids import ROOT_INO
+from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire.types import Attr
 from alluxiofuse.worker import checksums
 from alluxiofuse.worker.slab import CLEAN
@@ -286,3 +287,55 @@ def test_what_was_sealed_by_another_is_forgotten_before_one_begins(kind: str, is
             assert await two.get(b"f") == await one.get(b"f") == wanted
 
     in_world(kind)(test)
+
+
+@pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
+def test_reads_beside_one_that_asks_where_the_content_is_now(kind: str) -> None:
+    """They too wait for what the master says: the kernel would keep old bytes for good."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            (world.ufs / "f").write_bytes(b"old")
+            file = await two.open(b"f")
+            assert bytes(await file.read(0, 3)) == b"old"
+            content = two.fs._contents[file.ino]
+            await one.put(b"f", b"new")
+            await until(lambda: content.is_stale)
+            found: list[bytes] = []
+
+            async def read() -> None:
+                found.append(bytes(await file.read(0, 3)))
+
+            async with trio.open_nursery() as nursery:
+                for _ in range(4):
+                    nursery.start_soon(read)
+            assert found == [b"new"] * 4
+            await two.close(file)
+
+    in_world(kind)(test)
+
+
+def test_an_open_that_news_overtook() -> None:
+    """What the master said before the news is not believed, though nobody had the file open then."""
+
+    async def test(world: World) -> None:
+        async with world.client("one") as one, world.client("two") as two:
+            await one.put(b"f", b"old")
+            call = two.fs._session.call
+
+            async def slow(request: Any, **options: Any) -> Any:
+                answer = await call(request, **options)
+                if isinstance(request, ops.Open):
+                    heard = two.fs._core.changes.now
+                    await one.put(b"f", b"new")
+                    await until(lambda: two.fs._core.changes.now > heard)
+                return answer
+
+            two.fs._session.call = slow  # type: ignore[method-assign]
+            file = await two.open(b"f")
+            two.fs._session.call = call  # type: ignore[method-assign]
+            await until(lambda: two.fs._contents[file.ino].is_stale)
+            assert bytes(await file.read(0, 3)) == b"new"
+            await two.close(file)
+
+    in_world(TCP)(test)

@@ -46,6 +46,8 @@ def test_what_is_known_is_known_without_the_master(site: TwoMounts, pair: tuple[
     wait_until(lambda: all((other / f"f{n}").stat().st_size == n for n in range(20)), "all sizes")
     assert not (other / "missing").exists()
     site.wait_persisted()  # What was just closed counts as being written for a moment, and is asked for.
+    time.sleep(1)  # News of that may be under way, for as long as is promised.
+    assert not (other / "missing").exists()
     wait_until(lambda: all((other / f"f{n}").stat().st_size == n for n in range(20)), "the attributes")
     os.kill(site.master.pid, signal.SIGSTOP)
     try:

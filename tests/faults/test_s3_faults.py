@@ -17,6 +17,7 @@ from servers import SeaweedS3
 from alluxiofuse.errors import UfsChangedError, UfsError, UfsUnavailableError
 from alluxiofuse.ufs.base import PutCancelled, UfsAttrs, UfsEntry
 from alluxiofuse.ufs.s3 import S3UnderStorage
+from alluxiofuse.ufs.s3_data import Unclear
 from alluxiofuse.ufs.s3_options import parse_options
 from alluxiofuse.ufs.s3_pace import ATTEMPTS, MOST_AT_ONCE, Pace, Throttled
 
@@ -223,6 +224,34 @@ def test_a_damaged_body_is_fetched_again(store: S3UnderStorage, proxy: S3Proxy, 
     counts = store.counts()
     assert counts.get("ufs_damaged_bodies", 0) + counts.get("ufs_no_answer", 0) == 2
     with proxy.failing(Rule("GetObject", damage)), pytest.raises(UfsUnavailableError):
+        store.read(b"a", 0, len(data), made.fingerprint)
+    assert bytes(store.read(b"a", 0, len(data), made.fingerprint)) == data
+
+
+def test_a_range_of_a_small_object_is_compared_too(store: S3UnderStorage, proxy: S3Proxy) -> None:
+    """By fetching all of it; once for ranges that follow each other."""
+    data = os.urandom(3 * MIB)
+    made = put(store, b"a", data)
+    with proxy.failing(Rule("GetObject", Damage(flip=True))), pytest.raises(UfsUnavailableError):
+        store.read(b"a", MIB, MIB, made.fingerprint)
+    proxy.forget()
+    for start in range(0, len(data), 100_000):
+        assert bytes(store.read(b"a", start, 100_000, made.fingerprint)) == data[start : start + 100_000]
+    assert proxy.operations() == {"GetObject": 1}
+
+
+def test_what_the_control_path_reads_is_compared_too(
+    store: S3UnderStorage, proxy: S3Proxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the data path's first request fails."""
+    data = os.urandom(300_000)
+    made = put(store, b"a", data)
+
+    def fail(*_: object) -> None:
+        raise Unclear("as told")
+
+    monkeypatch.setattr(store._reader, "_attempt", fail)
+    with proxy.failing(Rule("GetObject", Damage(flip=True))), pytest.raises(UfsUnavailableError):
         store.read(b"a", 0, len(data), made.fingerprint)
     assert bytes(store.read(b"a", 0, len(data), made.fingerprint)) == data
 

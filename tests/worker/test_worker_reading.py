@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from pathlib import Path
 
@@ -13,8 +14,23 @@ from alluxiofuse.errors import NoSpaceError, StaleError, UfsChangedError, UfsUna
 from alluxiofuse.rpc.inprocess import InProcess
 from alluxiofuse.ufs import registry
 from alluxiofuse.ufs.base import UnderStorage
+from alluxiofuse.ufs.local import LocalUnderStorage
 from alluxiofuse.wire.types import FreeCommand
 from alluxiofuse.wire.worker_ops import Attach, Read, WorkerReport
+
+
+@trio_test
+async def test_where_the_store_has_a_checksum_of_the_whole_a_page_brings_all(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is not too long for that, and of which nothing is here yet."""
+    known = dataclasses.replace(LocalUnderStorage.capabilities, whole_read_bytes=4 * MB)
+    monkeypatch.setattr(LocalUnderStorage, "capabilities", known)
+    async with running(tmp_path) as world:
+        small, _ = await world.attach(11, world.ufs_file("a", pattern(4 * MB)))
+        assert (await world.fetch(small.lock_id, 3 * MB + 5, 10)).is_complete
+        long, _ = await world.attach(12, world.ufs_file("b", pattern(4 * MB + 1)))
+        assert (await world.fetch(long.lock_id, 3 * MB + 5, 10)).pages == b"\x08"
 
 
 @trio_test

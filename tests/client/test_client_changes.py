@@ -1,6 +1,6 @@
 """ChangeLog: which answers are out of date."""
 
-from alluxiofuse.fuse.changes import ChangeLog
+from alluxiofuse.client.changes import ChangeLog
 
 
 def test_an_answer_is_current_while_nothing_changed() -> None:

@@ -2,8 +2,9 @@
 
 An answer of the master may overtake, or be overtaken by, the news that what it says has changed.
 Whoever asks remembers `now` before the question; if its subject was noted since, the answer may be
-used once but not be cached. The same holds for pages of a directory listing that the kernel takes
-bit by bit. Belongs to the trio thread.
+used once but not be cached: not by the client (`content.Content`), nor by the kernel (`fuse.view`, which
+has a log of its own: what the mount itself does is no news to the kernel). The same holds for pages of
+a directory listing that the kernel takes bit by bit. Belongs to the trio thread.
 """
 
 from __future__ import annotations
