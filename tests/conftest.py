@@ -161,3 +161,13 @@ def here(shared_local: LocalDaemon, request: pytest.FixtureRequest) -> Iterator[
     if shared_local.daemon.is_running:
         subprocess.run(["rm", "-rf", "--", str(path)], check=True, capture_output=True, timeout=120)
         assert not path.exists()
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> Iterator[None]:
+    """At the very end just the names of what failed: a difference of two large values may be longer than what
+    is kept of the output."""
+    yield
+    failed = [*terminalreporter.stats.get("failed", ()), *terminalreporter.stats.get("error", ())]
+    for report in failed:
+        terminalreporter.write_line(f"failed: {report.nodeid}")
