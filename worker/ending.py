@@ -178,7 +178,9 @@ class Ending:
             end = await self._sealer.seal(slab)
         finally:
             self._slabs.unpin(slab)
-        lock.has_sealed = lock.has_sealed or end.is_sealed
+        # Another seal, of what was left by those who wrote before us, may have come first: told twice.
+        is_over = slab.container == lock.ended and slab.state != WRITING and not slab.is_gone
+        lock.has_sealed = lock.has_sealed or end.is_sealed or is_over
         if end.is_sealed and lock.id not in self._slabs.locks:
             self._slabs.report_orphan(slab)  # Its client went meanwhile and heard nothing of it.
         if not end.is_sealed and slab.container == lock.ended:

@@ -25,7 +25,9 @@ from alluxiofuse.wire.worker_ops import (
     SyncContainer,
     Truncate,
     Write,
+    WriteEnd,
 )
+from alluxiofuse.worker import checksums
 
 
 def bitmap(*pages: int) -> bytes:
@@ -68,6 +70,40 @@ async def test_write_through_the_worker_with_append(tmp_path: Path) -> None:
         assert await world.read_all(50, None, 2 * MB) == wanted
         again = await call(EndWrite(grant.lock_id, bitmap()))
         assert again == end
+
+
+def test_who_ends_last_is_told_that_it_is_sealed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when that was done by the seal of what others, who ended before, had left."""
+    slow = threading.Event()
+    really = checksums.sealed_checksums
+
+    def slowly(fd: int, mask: int, size: int) -> tuple[dict[int, int], int, int]:
+        slow.wait(0.2)
+        return really(fd, mask, size)
+
+    monkeypatch.setattr(checksums, "sealed_checksums", slowly)
+
+    @trio_test
+    async def run() -> None:
+        async with running(tmp_path) as world:
+            ends: dict[int, WriteEnd] = {}
+
+            async def write(session_id: int) -> None:
+                request = BeginWrite(session_id, 50, 0, 0, None, 0, True)
+                granted = await world.client.exchange(request)
+                granted.close_fds()
+                lock_id = granted.result.lock_id
+                await world.client.call(Write(lock_id, session_id * MB), b"x")
+                ends[session_id] = await world.client.call(EndWrite(lock_id, None))
+
+            async with trio.open_nursery() as nursery:
+                for session_id in range(2, 6):
+                    nursery.start_soon(write, session_id)
+                    await trio.sleep(0.1)
+            assert (ends[5].is_sealed, ends[5].size) == (True, 5 * MB + 1)
+            world.validate()
+
+    run()
 
 
 def test_what_was_durable_is_on_the_disk_before_it_changes_and_before_it_is_sealed(
