@@ -268,7 +268,8 @@ class Reading:
         except OSError as exc:
             raise storage_error(exc, slab.directory, self._slabs.counters) from None
         size = found.st_size if slab.state == WRITING else slab.size
-        return ContainerStat(size, slab.sealed_mtime_ns or found.st_mtime_ns, found.st_blocks * 512)
+        mtime_ns = found.st_mtime_ns if slab.sealed_mtime_ns is None else slab.sealed_mtime_ns
+        return ContainerStat(size, mtime_ns, found.st_blocks * 512)
 
 
 def _in_memory(data: bytes | memoryview) -> Answer[ReadResult]:

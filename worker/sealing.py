@@ -99,7 +99,7 @@ class Sealer:
                 await trio.to_thread.run_sync(checksums.punch_pages, writable, filled, limiter=self._threads)
             finally:
                 os.close(writable)
-                gate.is_punching, slab.sealed_mtime_ns = False, 0
+                gate.is_punching, slab.sealed_mtime_ns = False, None
         self._slabs.seal(slab, found.st_size, sums, zeros)
         return WriteEnd(found.st_size, found.st_mtime_ns, True)
 

@@ -164,9 +164,9 @@ class Slab:
         it open for writing any more."""
         self.is_touched = False
         """While WRITING: it was changed, which its mtime does not say any more."""
-        self.sealed_mtime_ns = 0
+        self.sealed_mtime_ns: int | None = None
         """While its pages of zeros are made holes before a seal: when it was written last, which its file
-        does not say then; else 0."""
+        does not say then (0: not since writing began)."""
         self.must_empty = ""
         """While WRITING: the file's name while what is in it is of an earlier container, to be cut off."""
         self.base: Base | None = None

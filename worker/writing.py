@@ -229,7 +229,7 @@ class Writing:
         try:
             if slab.state != WRITING:  # Sealed, which the master hears soon: as it is, it stays.
                 return os.stat(self._slabs.path(slab)).st_mtime_ns
-            if slab.sealed_mtime_ns:
+            if slab.sealed_mtime_ns is not None:
                 return slab.sealed_mtime_ns
             fd = self._growth.fd(slab)
             mtime_ns = os.fstat(fd).st_mtime_ns

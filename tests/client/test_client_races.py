@@ -99,14 +99,19 @@ def test_what_another_sealed_and_began_anew_is_seen_before_the_news_of_it(
     in_world(kind)(test)
 
 
+@pytest.mark.parametrize("is_set", [False, True])
 @pytest.mark.parametrize("kind", [IN_PROCESS, UNIX, TCP])
 def test_the_time_of_a_file_while_its_zeros_are_made_holes(
-    kind: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, is_set: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """That of the last write, or the one that was set since."""
+
     async def test(world: World) -> None:
         async with world.client("one") as one, world.client("two") as two:
             file = await one.create(b"f")
             await file.write(0, bytes(1 << 20))
+            if is_set:
+                await two.fs.setattr(ROOT, file.attr.ino, mtime_ns=12345)
             written_ns = (await one.fs.getattr(file.attr.ino)).mtime_ns
             punch, punched, looked = checksums.punch_pages, threading.Event(), threading.Event()
 
