@@ -245,7 +245,9 @@ class PersistLog:
         for rest, _ in list(tx.scan("persist", b"r" + u64(mount_id) + source + b"/")):
             entry = tx.remove_entry(mount_id, source + b"/" + rest)
             if entry is not None:
-                self.remove(tx, mount_id, target + b"/" + rest, entry.is_dir)
+                self.remove(tx, mount_id, target + b"/" + rest, entry.is_dir, entry.holder)
+                if entry.holder:  # Who has it open reads it here or there.
+                    tx.put_intent(mount_id, target + b"/" + rest, IntentRecord(entry.holder, INTENT_RENAME))
         for at, ino in list(places.located_below(tx, mount_id, source)):
             record, sync = tx.inode(ino), tx.sync_entry(ino)
             path = target + at[len(source) :]

@@ -1,7 +1,7 @@
 """Two mounts against a plain directory: see `two_mount_model`.
 
 `FAULTS_OPERATIONS=100000 pytest tests/coherence/test_two_mounts_model.py` looks further; `SEED=n`
-repeats a run.
+repeats a run, FAULTS_HOLD=SECONDS leaves everything as it is when there is a difference.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import random
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -51,6 +52,7 @@ def test_random_operations(workers: str, tmp_path: Path) -> None:
             model.run(OPERATIONS)
         except BaseException:
             print("\n".join(model.trace))
+            time.sleep(float(os.environ.get("FAULTS_HOLD", "0")))
             raise
         finally:
             model.abandon()

@@ -257,6 +257,55 @@ def test_removed_while_its_object_is_renamed(place: Place) -> None:
     trio.run(main)
 
 
+def test_removed_with_its_tree_when_nobody_knows_whether_that_was_renamed(local_place: Place) -> None:
+    """The master died right after it had moved the tree; what was removed since is below the new place."""
+    place = local_place
+    contents: dict[int, bytes] = {}
+    is_armed = False
+
+    def at(point: str) -> None:
+        if is_armed and point == "after I/O":
+            raise Killed
+
+    async def first_life() -> int:
+        nonlocal is_armed
+        ino = 0
+        world = World(place.state, place.open_ufs, place.uri, contents, at=at)
+        try:
+            async with world.running():
+                ino = _begin(world)
+                await world.settle()
+                world.open_inos.add(ino)
+                is_armed = True
+                world.rename("d", "moved")
+                await trio.sleep_forever()
+        except* Killed:
+            pass
+        finally:
+            world.close()
+        return ino
+
+    async def main() -> None:
+        with trio.fail_after(60):
+            ino = await first_life()
+            assert os.path.exists(f"{place.uri}/moved/f")
+            world = World(place.state, place.open_ufs, place.uri, contents)
+            world.open_inos.add(ino)
+            for name in ("moved/f", "moved/other", "moved"):
+                world.remove(name)
+            try:
+                async with world.running():
+                    await until(lambda: is_all_done_but_held(world))
+                    assert bytes_of_orphan(world, ino) == b"old content"
+                    close(world, ino)
+                    await world.settle()
+                    world.check_equal()
+            finally:
+                world.close()
+
+    trio.run(main)
+
+
 def test_a_store_that_refuses_does_not_hold_up_the_new_one(local_place: Place) -> None:
     """Where the old bytes can't go aside, the new ones are uploaded all the same."""
 
