@@ -288,8 +288,8 @@ def test_removed_with_its_tree_when_nobody_knows_whether_that_was_renamed(local_
     async def main() -> None:
         with trio.fail_after(60):
             ino = await first_life()
-            assert os.path.exists(f"{place.uri}/moved/f")
             world = World(place.state, place.open_ufs, place.uri, contents)
+            assert "moved/f" in world.storage_tree()
             world.open_inos.add(ino)
             for name in ("moved/f", "moved/other", "moved"):
                 world.remove(name)
