@@ -94,10 +94,11 @@ class Content:
         )
         layout.is_shared = record.is_shared
         if record.home:
-            # A truncated file starts empty: what it was made from is of no use to the worker.
             if record.base_container and record.size:
                 layout.base_container, layout.base_size = record.base_container, record.base_size
                 layout.source = self._source(ino, record, record.base_container)
+            else:  # It starts empty: what it was made from matters to those who read that.
+                layout.emptied_container = record.base_container
         elif record.container:
             layout.workers = self._holders(record)
             # Of an orphan the object may be another file's by now: who has all of it needs none.

@@ -286,8 +286,6 @@ class Content:
         # What was joined may have others' bytes, whatever the master knows of its size.
         is_empty = not layout.is_joined and (is_truncating or not layout.base_size)
         writing = Writing(self.core, layout, is_empty=is_empty)
-        if is_empty and not self.layout.home:
-            writing.emptied = self.layout.container, self.layout.size
         if heard != self.data_event_count:
             writing.doubt()  # News may overtake the answer.
         self.drop_slab()

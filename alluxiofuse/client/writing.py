@@ -81,8 +81,6 @@ class Writing:
         self._core = core
         self._layout = layout
         self.is_empty = is_empty
-        self.emptied: tuple[int, int] = (0, 0)
-        """Container and size of what an emptied file was, whose slab its readers may have open."""
         self.is_joined = layout.is_joined
         self.is_shared = layout.is_joined
         """Other sessions write to it too, as far as this client has heard."""
@@ -261,17 +259,17 @@ class Writing:
         connection = await self._core.workers.connection(self.worker_id)
         layout = self._layout
         wants_fd = connection.can_pass_fds and self._core.slabs.may_take_fd()
-        old_container, old_size = self.emptied if self.is_empty else (layout.base_container, layout.base_size)
+        emptied = layout.emptied_container
         request = worker_ops.BeginWrite(
             self._core.session.id,
             self.container,
-            old_container,
-            old_size,
-            None if self.is_empty else layout.source,
+            emptied or layout.base_container,
+            0 if emptied else layout.base_size,
+            None if emptied else layout.source,
             reserve_bytes,
             wants_fd,
             passes=wants_fd and self._core.passes_writes,
-            is_emptying=self.is_empty and old_container != 0,
+            is_emptying=emptied != 0,
         )
         self._may_be_begun = True
         try:

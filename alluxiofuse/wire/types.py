@@ -122,6 +122,9 @@ class Layout(Message):
     `old_container`); 0: it starts empty. `source` is then where the base's bytes are."""
     base_size: Size = 0
     """Size of the base."""
+    emptied_container: Id = 0
+    """While home != 0 and it starts empty: the content before, whose slab readers may have open. The
+    worker's BeginWrite names it, so that they see what becomes of the file."""
     is_joined: bool = False
     """In the answer to BeginWrite: another session had begun before, so this is its container, also
     when `truncate` was asked for: truncate it at the worker."""

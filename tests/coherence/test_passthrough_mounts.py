@@ -64,6 +64,30 @@ def test_reader_sees_what_the_other_mount_changes(pair: tuple[Path, Path]) -> No
     assert mine.read_bytes() == theirs.read_bytes() == b"anew"
 
 
+@pytest.mark.parametrize("is_by_name", [False, True], ids=["descriptor", "name"])
+def test_reader_of_what_its_own_mount_emptied_sees_what_the_other_makes_of_it(
+    pair: tuple[Path, Path], is_by_name: bool
+) -> None:
+    """The other mount has had it open while it was written here, and has not asked what came of that."""
+    mine, theirs = pair
+    with opened(mine, os.O_RDWR) as emptier, opened(mine, os.O_RDONLY) as reader:
+        os.pwrite(emptier, b"AFTER!", 0)
+        with opened(theirs, os.O_RDWR | os.O_APPEND) as other:
+            os.ftruncate(emptier, 0)
+            os.close(os.dup(emptier))
+            emptier_gone = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(emptier_gone, emptier)  # The last descriptor of the writer.
+            os.close(emptier_gone)
+            if is_by_name:
+                os.truncate(theirs, 6000)
+            else:
+                os.ftruncate(other, 6000)
+            wait_until(lambda: os.pread(reader, 7000, 0) == bytes(6000), "the reader sees it")
+            os.write(other, b"more")
+            wait_until(lambda: os.pread(reader, 7000, 0) == bytes(6000) + b"more", "the reader sees more")
+    assert mine.read_bytes() == theirs.read_bytes() == bytes(6000) + b"more"
+
+
 def test_both_read_and_one_writes(pair: tuple[Path, Path]) -> None:
     mine, theirs = pair
     assert theirs.read_bytes() == b"before" * 100_000
