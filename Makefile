@@ -49,7 +49,7 @@ test-faults: $(VENV)/.installed-test
 	FAULTS_KEEPER_KILLS=$(FAULTS_KEEPER_KILLS) FAULTS_WORKERS=all FAULTS_CLIENTS=200 \
 	FAULTS_S3_ROUNDS=$(FAULTS_S3_ROUNDS) FAULTS_PERSIST_KILLS=$(FAULTS_PERSIST_KILLS) \
 		$(BIN)/python -m pytest -s -o faulthandler_timeout=0 tests/faults tests/coherence \
-		tests/e2e/test_keeper.py $(TEST_ARGS)
+		tests/e2e/test_keeper.py tests/e2e/test_keeper_passthrough.py $(TEST_ARGS)
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -450,8 +450,10 @@ class FileSystem:
         content = self._opened(opened.attr, opened.layout, asked_at)
         return await self._finish_open(content, opened.layout, flags)
 
-    async def reopen(self, ino: int, flags: int) -> OpenFile:
-        """A file that the predecessor had open. StaleError and the like: it is gone."""
+    async def reopen(self, ino: int, flags: int, *, is_passing: bool = False) -> OpenFile:
+        """A file that the predecessor had open. StaleError and the like: it is gone. `is_passing`: the kernel
+        reads, and perhaps writes, the slab itself. Where that can't be taken up now, the worker does not seal
+        it while it is open for writing all the same."""
         try:
             file = await self.open(SUPERUSER, ino, flags)
         except AlluxioFuseError:
@@ -465,6 +467,9 @@ class FileSystem:
                     await self._contents[ino].begun(0)
                 except AlluxioFuseError as exc:
                     log.warning("writing of inode %d is not taken up: %s", ino, exc)
+        if is_passing:
+            with trio.move_on_after(TAKE_UP_S):
+                await file.pass_on()
         return file
 
     def leave(self) -> None:

@@ -17,7 +17,13 @@ import trio
 
 from alluxiofuse.client.filesystem import OpenFile
 from alluxiofuse.errors import FsError, StaleError
-from alluxiofuse.fuse.memory import IS_DIRECTORY, KILLS_PRIVILEGES, HandleRecord, Memory
+from alluxiofuse.fuse.memory import (
+    IS_DIRECT,
+    IS_DIRECTORY,
+    KILLS_PRIVILEGES,
+    HandleRecord,
+    Memory,
+)
 from alluxiofuse.fuse.passthrough import ORDINARY, Mode
 from alluxiofuse.wire.types import DirEntry
 
@@ -38,8 +44,12 @@ class FileHandle:
     @property
     def record(self) -> HandleRecord:
         """For the next daemon."""
+        mode = self.mode
         bits = KILLS_PRIVILEGES if self.kills_privileges else 0
-        return HandleRecord(self.ino, self.flags & 0xFFFFFFFF, bits, thread=self.thread)
+        bits |= IS_DIRECT if mode.is_direct else 0
+        return HandleRecord(
+            self.ino, self.flags & 0xFFFFFFFF, bits, mode.backing_id, self.thread, *mode.identity
+        )
 
     @property
     def is_writable(self) -> bool:
@@ -48,6 +58,14 @@ class FileHandle:
 
 MAX_PAGES = 2
 """Of an open directory, held whole."""
+
+
+def mode_of(record: HandleRecord) -> Mode:
+    """How the open was answered of which an earlier daemon noted `record`."""
+    identity = record.device, record.device_ino
+    return Mode(record.backing_id, is_direct=bool(record.bits & IS_DIRECT), identity=identity)
+
+
 REOPEN_FLAGS = ~(os.O_CREAT | os.O_EXCL | os.O_TRUNC)
 
 

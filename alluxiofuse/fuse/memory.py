@@ -21,7 +21,7 @@ from typing import NamedTuple
 from alluxiofuse.client.intents import CHANGE, Predecessor, asked_by
 from alluxiofuse.errors import UserError
 
-FORMAT = 1
+FORMAT = 2
 """Of all that one daemon leaves to the next."""
 _MAGIC = b"AF-KEPT\0"
 _START = Struct("=8sQ")

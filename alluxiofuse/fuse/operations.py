@@ -456,6 +456,8 @@ class Operations(pyfuse3.Operations):
         if handle is not None:
             self.passthrough.released(handle.ino, handle.mode)
             await handle.file.release()
+        else:
+            self.passthrough.lost_released(fh)
 
     async def drop_unanswered(self, unique: int) -> None:
         """The request comes again: what a former daemon opened for it the kernel has never heard of."""

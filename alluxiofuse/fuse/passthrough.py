@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import pyfuse3
@@ -50,6 +50,13 @@ class Mode:
     """0: ordinary."""
     is_direct: bool = False
     """Not through the page cache; with a backing: served by the daemon."""
+    identity: tuple[int, int] = field(default=(0, 0), compare=False)
+    """st_dev, st_ino of the backing file, for the next daemon."""
+
+    @property
+    def is_passing(self) -> bool:
+        """The kernel reads and writes by itself."""
+        return bool(self.backing_id) and not self.is_direct
 
 
 ORDINARY = Mode()
@@ -69,6 +76,8 @@ class Passthrough:
         self._inodes: dict[int, _Inode] = {}
         self._is_refused = False
         """The kernel did not take a slab: told once."""
+        self._lost: dict[int, tuple[int, Mode]] = {}
+        """Handle -> inode and how it was opened, of what a former daemon had open and is gone."""
 
     def enable(self, device: BackingDevice) -> None:
         self._device = device
@@ -84,16 +93,35 @@ class Passthrough:
             if inode is not None and inode.backing_id:
                 inode.passing_count += 1
                 is_same = fd >= 0 and _identity(fd) == inode.identity
-                return Mode(inode.backing_id, is_direct=not is_same)
+                return Mode(inode.backing_id, is_direct=not is_same, identity=inode.identity)
             if fd >= 0 and (inode is None or not inode.cached_count):
                 backing_id = self._register(fd)
                 if backing_id:
-                    self._inodes[ino] = _Inode(0, 1, backing_id, _identity(fd))
-                    return Mode(backing_id)
+                    inode = self._inodes[ino] = _Inode(0, 1, backing_id, _identity(fd))
+                    return Mode(backing_id, identity=inode.identity)
         if self._device is not None:
             inode = self._inodes.setdefault(ino, _Inode())
             inode.cached_count += 1
         return Mode(is_direct=True) if is_direct else ORDINARY
+
+    def restore(self, ino: int, mode: Mode) -> None:
+        """An open that a former daemon answered with `mode`: the kernel has it, and the backing, still."""
+        if self._device is None:
+            return
+        inode = self._inodes.setdefault(ino, _Inode())
+        if mode.backing_id:
+            inode.passing_count += 1
+            inode.backing_id, inode.identity = mode.backing_id, mode.identity
+        else:
+            inode.cached_count += 1
+
+    def lost(self, fh: int, ino: int, mode: Mode) -> None:
+        """Such an open, of a file that can't be opened again: it counts until `lost_released`."""
+        self._lost[fh] = ino, mode
+
+    def lost_released(self, fh: int) -> None:
+        if (found := self._lost.pop(fh, None)) is not None:
+            self.released(*found)
 
     def _register(self, fd: int) -> int:
         assert self._device is not None

@@ -202,8 +202,9 @@ class _Session:
         mount = mountpoints.mount_at(self._mountpoint)
         self._device = mount.device if mount is not None else ""
         started_at = trio.current_time()
-        await take_over(self._operations, kept.memory, self._invalidator)
+        # First: how files are opened again depends on whether the kernel takes slabs.
         self._driver.resume(self._operations, kept.fuse, kept.negotiated)
+        await take_over(self._operations, kept.memory, self._invalidator)
         log.info(
             "took the mount at %s over with %d open files and directories in %.2f s",
             self._mountpoint,

@@ -7,7 +7,7 @@ import logging
 import trio
 
 from alluxiofuse.errors import AlluxioFuseError
-from alluxiofuse.fuse.handles import FileHandle
+from alluxiofuse.fuse.handles import FileHandle, mode_of
 from alluxiofuse.fuse.invalidation import Invalidator
 from alluxiofuse.fuse.memory import IS_DIRECTORY, KILLS_PRIVILEGES, Former, Memory
 from alluxiofuse.fuse.operations import Operations
@@ -24,18 +24,25 @@ async def take_over(operations: Operations, memory: Memory, invalidator: Invalid
     view = operations.view
     view.is_incomplete = True
     limit = trio.CapacityLimiter(REOPENED_AT_ONCE)
+    passthrough = operations.passthrough
+    for one in memory.former_handles:
+        if not one.record.bits & IS_DIRECTORY:
+            passthrough.restore(one.record.ino, mode_of(one.record))
 
     async def reopen(one: Former) -> None:
         ino, flags, bits = one.record.ino, one.record.flags, one.record.bits
+        mode = mode_of(one.record)
         async with limit:
             try:
-                file = await operations.fs.reopen(ino, flags)
+                file = await operations.fs.reopen(ino, flags, is_passing=mode.is_passing)
             except AlluxioFuseError as exc:
                 log.warning("inode %d, which was open, can't be opened again: %s", ino, exc)
                 operations.files.restore(one.fh, None)
+                passthrough.lost(one.fh, ino, mode)
                 return
         kills_privileges = bool(bits & KILLS_PRIVILEGES)
-        operations.files.restore(one.fh, FileHandle(ino, flags, file, one.record.thread, kills_privileges))
+        handle = FileHandle(ino, flags, file, one.record.thread, kills_privileges, mode=mode)
+        operations.files.restore(one.fh, handle)
 
     async with trio.open_nursery() as nursery:
         for one in memory.former_handles:

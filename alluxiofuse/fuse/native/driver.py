@@ -147,7 +147,7 @@ class NativeDriver:
         self._is_resumed = False
         self._flags = self._minor = 0
         self._on_negotiated: Callable[[], None] = lambda: None
-        self._offers_passthrough = False
+        self._offers_passthrough = self._passes = False
 
     @property
     def max_read_bytes(self) -> int:
@@ -164,7 +164,9 @@ class NativeDriver:
 
         def negotiated() -> None:
             if self._flags & Init.HAS_RESEND and self._minor >= abi.INC_EPOCH_MINOR:
-                kept.can_resume({"flags": self._flags, "max_read": self._max_read_bytes})
+                kept.can_resume(
+                    {"flags": self._flags, "max_read": self._max_read_bytes, "passes": self._passes}
+                )
             else:
                 log.warning("the mount does not outlive its daemon: that takes Linux 6.16 or newer")
 
@@ -176,6 +178,9 @@ class NativeDriver:
         self._device, self._is_resumed = Device(fd), True
         self._flags, self._max_read_bytes = negotiated["flags"], negotiated["max_read"]
         self._dispatcher.negotiated(self._flags)
+        self._passes = bool(negotiated["passes"])
+        if self._passes:
+            self._dispatcher.pass_by(self._device)
 
     # --- INIT -------------------------------------------------------------------------------------------
 
@@ -193,9 +198,8 @@ class NativeDriver:
                     device.send(messages.failure(request.unique, errno.EIO))
                     continue
                 if self._answer_init(device, request):
+                    self._try_passthrough(device)
                     self._on_negotiated()
-                    if self._memory is None:  # What is passed on is not yet handed to a next daemon.
-                        self._try_passthrough(device)
                     return
         raise UserError("the kernel did not begin the FUSE session")
 
@@ -209,8 +213,6 @@ class NativeDriver:
             device.send(messages.failure(request.unique, errno.EPROTO))
             raise UserError(f"the kernel's FUSE protocol {major}.{minor} is too old")
         flags = int(_WANTED) & offered
-        if self._memory is not None:
-            flags &= ~Init.PASSTHROUGH  # Which backing an inode has is not handed on to the next daemon yet.
         self._flags, self._minor = flags, minor
         assert self._dispatcher is not None
         self._dispatcher.negotiated(flags)
@@ -248,6 +250,7 @@ class NativeDriver:
         finally:
             os.close(fd)
         log.info("passthrough: the kernel itself reads and writes files that a local tier holds whole")
+        self._passes = True
         self._dispatcher.pass_by(device)
 
     # --- the loop ---------------------------------------------------------------------------------------
