@@ -12,6 +12,7 @@ import os
 import socket
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import TypeVar
 
 import msgspec
@@ -28,7 +29,7 @@ from alluxiofuse.client.slabs import SlabCache
 from alluxiofuse.client.workers import WorkerPool
 from alluxiofuse.client.writing import LOOK_S, Writing
 from alluxiofuse.config import ClientConfig
-from alluxiofuse.errors import AlluxioFuseError
+from alluxiofuse.errors import AlluxioFuseError, StaleError
 from alluxiofuse.rpc.base import Connection
 from alluxiofuse.wire import master_ops as ops
 from alluxiofuse.wire import worker_ops
@@ -224,7 +225,10 @@ class FileSystem:
         writing = None if content is None else content.writing
         if content is not None and writing is not None and not writing.is_superseded_by(attr.container):
             return await content.looked_at(attr)
-        stat = await self._ask_home(attr, worker_ops.StatContainer(attr.container))
+        try:
+            stat = await self._ask_home(attr, worker_ops.StatContainer(attr.container))
+        except StaleError:
+            return await self._as_before(attr) if attr.size else attr
         if stat is None:
             return attr
         return msgspec.structs.replace(
@@ -234,12 +238,28 @@ class FileSystem:
             ctime_ns=max(attr.ctime_ns, stat.mtime_ns),
         )
 
+    async def _as_before(self, attr: Attr) -> Attr:
+        """Its home has nothing of it: not yet, or not any more after a power failure. What is read then is
+        what it was before, so that is what it looks like too."""
+        opened = await self._session.call(
+            ops.Open(SUPERUSER, self._session.id, attr.ino, False),
+            is_idempotent=True,
+            on_late=self._opened_late,
+        )
+        self._session.release(attr.ino)
+        layout = opened.layout
+        if not layout.home:
+            return opened.attr
+        return msgspec.structs.replace(opened.attr, size=layout.base_size)
+
     async def _ask_home(self, attr: Attr, request: Request[R]) -> R | None:
-        """None when it does not answer soon, or does not know."""
+        """None when it does not answer soon. StaleError: it has nothing of the container."""
         with trio.move_on_after(LOOK_S):
             try:
                 connection = await self._workers.connection(attr.home)
                 return await connection.call(request)
+            except StaleError:
+                raise
             except AlluxioFuseError as exc:
                 log.debug("inode %d at its home: %s", attr.ino, exc)
         return None
@@ -276,7 +296,9 @@ class FileSystem:
         request = ops.SetAttr(who, self._session.id, ino, *changes, atime_now, mtime_now, written_ns)
         attr = await self._session.call(request)
         if sets_mtime and writing is None and attr.home:
-            written = await self._ask_home(attr, worker_ops.ForgetMtime(attr.container))
+            written = None
+            with suppress(StaleError):
+                written = await self._ask_home(attr, worker_ops.ForgetMtime(attr.container))
             if written is None:  # As in Writing.forget_mtime.
                 written = time.time_ns()
             if written:

@@ -82,6 +82,56 @@ def paused(daemon: Daemon) -> Iterator[None]:
         os.kill(daemon.pid, signal.SIGCONT)
 
 
+TRUNCATE = """
+import os, sys
+fd, other = (os.open(sys.argv[1], os.O_RDWR) for _ in range(2))
+os.ftruncate(fd, 1)
+os.close(os.dup(fd))
+print("done", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_worker_that_lost_what_was_not_synced(cluster: Callable[..., Cluster]) -> None:
+    """With the program that wrote it. The master has heard of it; until it is given up there, stat says
+    what is read, and neither is changed by that."""
+    site = cluster(workers=1, env={**DIRTY, "ALLUXIOFUSE_MASTER_SESSION_LEASE": "6s"})
+    [worker] = site.workers
+    (site.base / "other").mkdir()
+    client = site.add_mount(site.base / "other")
+    (site.mount / "file").write_bytes(content("before"))
+    wait_until(lambda: site.report()["workers"][0]["counters"]["open_slabs"] == 0, "it is sealed")
+    places = [site.base / name for name in ("worker1", "ssd1")]
+    assert worker.stop() == 0
+    for place in places:
+        shutil.copytree(place, site.base / f"{place.name}.before")
+    worker.start()
+    command = [sys.executable, "-c", TRUNCATE, str(site.base / "other/file")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as program:
+        assert program.stdout is not None
+        assert program.stdout.readline() == b"done\n"
+        site.expects_clean_end = False
+        client.kill()
+        worker.kill()
+        subprocess.run(["umount", "--lazy", str(site.base / "other")], check=True)
+        program.communicate()
+    for place in places:
+        shutil.rmtree(place)
+        (site.base / f"{place.name}.before").rename(place)
+    assert site.fs_json("stat", "/file")[0]["size_bytes"] == 1
+    worker.start()
+    wait_until(lambda: (site.mount / "file").stat().st_size != 1, "the worker answers")
+    assert site.fs_json("stat", "/file")[0]["is_open_for_write"], "it was given up before that was seen"
+
+    def is_given_up() -> bool:
+        assert (site.mount / "file").stat().st_size == 300_000
+        assert read(site.mount / "file") == content("before")
+        return not site.fs_json("stat", "/file")[0]["is_open_for_write"]
+
+    wait_until(is_given_up, "it is given up")
+    assert is_given_up()
+
+
 def test_a_paused_worker(cluster: Callable[..., Cluster]) -> None:
     """Half alive: it accepts connections and takes requests. What others have is read from them; what
     it alone has is EIO after a while, and there again when it goes on, also when it was lost."""
