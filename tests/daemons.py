@@ -266,6 +266,15 @@ class Site:
         return wrong
 
 
+def mount_arguments(session: str, others: str) -> list[str]:
+    """Without a keeper unless that is asked for: tests kill the process that they started, and mean the
+    daemon."""
+    found = [f"session={session}"] if session else []
+    found += ["keeper=off"] if "keeper=" not in others else []
+    found += [others] if others else []
+    return ["-o", ",".join(found)] if found else []
+
+
 class LocalDaemon(Site):
     """`alluxiofuse local`: `.mount`, `.ufs_dir` (a local under storage), `.state`, `.fs(...)`."""
 
@@ -298,10 +307,7 @@ class LocalDaemon(Site):
         for number, (name, value) in enumerate((options or {}).items()):
             self.env[f"TEST_UFS_OPTION_{number}"] = value
             command += ["--option", f"{name}=env:TEST_UFS_OPTION_{number}"]
-        if session:
-            command += ["-o", f"session={session}"]
-        if mount_options:
-            command += ["-o", mount_options]
+        command += mount_arguments(session, mount_options)
         self.daemon = Daemon("local", [*command, *arguments], self.base / "log", self.env)
         self.daemons = [self.daemon]
 
@@ -425,10 +431,7 @@ class Cluster(Site):
     def add_mount(self, directory: Path | None = None, path: str = "") -> Daemon:
         where = directory or self.mount
         arguments = ["mount", "--foreground", f"{self.dialled or self.address}{path}", str(where)]
-        if SESSION:
-            arguments += ["-o", f"session={SESSION}"]
-        if self._mount_options:
-            arguments += ["-o", self._mount_options]
+        arguments += mount_arguments(SESSION, self._mount_options)
         mount = self._daemon(f"mount-{where.name}", arguments)
         mount.start()
         return mount

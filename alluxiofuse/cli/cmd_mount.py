@@ -50,7 +50,7 @@ def mount(
       write_type=TYPE        ASYNC_THROUGH, or CACHE_THROUGH: close waits for the under storage
       read_ahead=SIZE        of the kernel, on this mount
       secret_file=FILE, config=FILE, log_file=FILE, nonempty, session=auto|native|pyfuse3
-      keeper=on|off          with session=native: the mount outlives a crash of its daemon (off)
+      keeper=auto|on|off     the mount outlives a crash of its daemon (auto: as root on Linux 6.16 and newer)
 
     \b
     The same by mount(8) and /etc/fstab:

@@ -111,11 +111,11 @@ def with_keeper(plan: MountPlan, directory: str = "") -> MountPlan:
 
 
 def kept_by(options: MountOptions, directory: str = "") -> Kept | None:
-    """Become a keeper and its daemon, which goes on here; None: not asked for. Further daemons are started by
+    """Become a keeper and its daemon, which goes on here; None: not wanted. Further daemons are started by
     this process's own command line, in `directory` ("": where we are)."""
     from alluxiofuse.fuse import keeping
 
-    if not options.keeper:
+    if not keeping.is_wanted(options):
         return None
     return keeping.begin(program(), sys.argv[1:], directory)
 
@@ -140,7 +140,11 @@ def ready_of(kept: Kept | None, on_ready: Callable[[], None]) -> Callable[[], No
     def ready() -> None:
         kept.ready()  # Before anybody else can know.
         if not kept.is_takeover:
-            on_ready()
+            try:
+                on_ready()
+            except BaseException:
+                kept.is_stopping = True  # An error of the command, which is not to be repeated.
+                raise
             kept.ready([1, 2])  # Our output may go elsewhere from now on.
 
     return ready
@@ -207,4 +211,4 @@ async def fuse_session(
             yield
         finally:
             if kept is not None:
-                kept.is_stopping = life.stop.is_set()
+                kept.is_stopping = kept.is_stopping or life.stop.is_set()

@@ -29,6 +29,9 @@ FIRST_DELAY_S, MAX_DELAY_S = 0.1, 5.0
 """Before the second start within the window; it doubles."""
 HAND_OVER_S = 20.0
 """A daemon that has not handed over by then is killed, which loses nothing either."""
+LOOK_S = 1.0
+"""How often a daemon is looked at: of the end of its first thread the kernel tells nobody while another one
+lives, which may wait for a page that is being read: the next daemon's answer frees it."""
 MESSAGE_BYTES = 1 << 16
 GAVE_UP = 1
 VARIABLE = "ALLUXIOFUSE_KEEPER"
@@ -55,6 +58,11 @@ class Keeper:
         self.memory = memory
         self.child = child
         """0: none now."""
+        self.was_ended = False
+        """At the last look the child's first thread had ended, and others had not."""
+        self.look_at = 0.0
+        self.stragglers: list[int] = []
+        """Former daemons of which a thread has not ended yet."""
         self.directory = directory
         self.command = command
         self.fuse = -1
@@ -117,10 +125,12 @@ class Keeper:
                 if now >= self.start_at:
                     self.start()
 
-    def timeout_ms(self) -> int | None:
-        at = self.kill_at if self.child else self.start_at
+    def timeout_ms(self) -> int:
+        at = self.start_at
+        if self.child:
+            at = min(self.look_at, self.kill_at or self.look_at)
         if not at:
-            return None if self.child else 0
+            return 0
         return max(0, int((at - time.monotonic()) * 1000) + 1)
 
     def signalled(self, number: int) -> None:
@@ -168,9 +178,15 @@ class Keeper:
         """When the daemon is gone: the exit code, if that is the end."""
         if not self.child:
             return None
+        self.stragglers = [pid for pid in self.stragglers if not os.waitpid(pid, os.WNOHANG)[0]]
         child, status = os.waitpid(self.child, os.WNOHANG)
         if not child:
-            return None
+            found = self.look()
+            if found is None:
+                return None
+            self.stragglers.append(self.child)
+            status = found
+        self.was_ended, self.look_at = False, 0.0
         while self.sock.fileno() >= 0:  # Its last words.
             self.hear()
         code = os.waitstatus_to_exitcode(status)
@@ -235,6 +251,21 @@ class Keeper:
         ours.setblocking(False)
         self.sock = ours
 
+    def look(self) -> int | None:
+        """The child's status, as of waitpid(2), when only threads of it are left that do not end."""
+        now = time.monotonic()
+        if now < self.look_at:
+            return None
+        self.look_at = now + LOOK_S
+        try:
+            with open(f"/proc/{self.child}/stat", "rb") as file:
+                fields = file.read().rpartition(b") ")[2].split()
+            has_ended, status = fields[0] == b"Z", int(fields[-1]) or signal.SIGKILL
+        except (OSError, ValueError, IndexError):
+            return None
+        was_ended, self.was_ended = self.was_ended, has_ended
+        return status if has_ended and was_ended else None
+
     def become_daemon(self, sock: int, keeper: int) -> None:
         signal.set_wakeup_fd(-1)
         stand_apart()
@@ -250,8 +281,8 @@ class Keeper:
         os.execve(self.command[0], self.command, environment)  # noqa: S606
 
     def unmount(self) -> None:
-        """Lazily: programs that use it get errors from now on."""
-        command = ["umount", "-l", "-i", "--no-canonicalize", "--", self.name]
+        """Lazily: programs that use it get errors from now on, also where a straggler is left."""
+        command = ["umount", "-f", "-l", "-i", "--no-canonicalize", "--", self.name]
         if os.geteuid() != 0:
             command = ["fusermount3", "-u", "-z", "--", self.name]
         path = os.environ.get("PATH", "") + ":/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"

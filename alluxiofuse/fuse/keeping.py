@@ -19,8 +19,12 @@ from alluxiofuse.errors import UserError
 from alluxiofuse.fuse import keeper
 from alluxiofuse.fuse import mountpoint as mountpoints
 from alluxiofuse.fuse.memory import Memory, make
+from alluxiofuse.fuse.mountopts import MountOptions
+from alluxiofuse.fuse.native.device import kernel_version, why_no_passthrough
 
 UPGRADE_TIMEOUT_S = 60.0
+MIN_KERNEL = [6, 16]
+"""With what a next daemon needs (docs/adr/0002-keeper.md)."""
 
 
 class Kept:
@@ -82,6 +86,15 @@ class Kept:
         return self._sock.recv(1) == b"U"
 
 
+def is_wanted(options: MountOptions) -> bool:
+    """The mount is to have a keeper."""
+    if options.keeper is not None:
+        return options.keeper
+    if options.session == "pyfuse3" or kernel_version() < MIN_KERNEL:
+        return False
+    return options.session == "native" or not why_no_passthrough()
+
+
 def begin(program: Sequence[str], arguments: Sequence[str], directory: str = "") -> Kept:
     """Become two processes: the keeper goes on as this one, the daemon (which returns) is its child. By
     `program` and `arguments` the keeper starts further daemons, in `directory` ("": where we are). Before any
@@ -96,7 +109,7 @@ def begin(program: Sequence[str], arguments: Sequence[str], directory: str = "")
         theirs.close()
         keeper.stand_apart()
         return Kept(ours.detach(), memory, -1, pid)
-    for fd in (theirs.fileno(), memory):
+    for fd in (0, 1, 2, theirs.fileno(), memory):  # Those that we opened for closed ones are not.
         os.set_inheritable(fd, True)
     script = str(Path(keeper.__file__).resolve())
     words = [

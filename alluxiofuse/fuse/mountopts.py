@@ -45,8 +45,9 @@ class MountOptions:
     read_ahead_bytes: int | None = None
     """Of the mount, only root may set it; None: a good one."""
     session: str = "auto"
-    keeper: bool = False
-    """The mount outlives its daemon; native sessions only."""
+    keeper: bool | None = None
+    """The mount outlives its daemon, by a native session; None: where that is the one to take, and the kernel
+    can (`keeping.is_wanted`)."""
     is_nonempty_allowed: bool = False
     master_patience_s: float | None = None
     """How long programs wait for a master that is away, before EIO."""
@@ -78,8 +79,10 @@ def parse(given: Iterable[str], *, sloppy: bool = False) -> MountOptions:
             raise UserError("an alluxiofuse mount cannot be remounted: unmount it and mount it again")
         elif item not in _IGNORED and not item.startswith(_IGNORED_PREFIXES) and not sloppy:
             raise UserError(f"unknown mount option {name!r}: see `alluxiofuse mount --help`")
-    if options.keeper and options.session != "native":
-        raise UserError("keeper=on needs session=native")
+    if options.keeper:
+        if options.session == "pyfuse3":
+            raise UserError("keeper=on needs session=native")
+        options.session = "native"
     return options
 
 
@@ -118,10 +121,13 @@ def _session(options: MountOptions, value: str) -> None:
     options.session = value
 
 
+_KEEPER = {"auto": None, "on": True, "off": False}
+
+
 def _keeper(options: MountOptions, value: str) -> None:
-    if value not in ("on", "off"):
-        raise UserError(f"keeper={value}: choose from on, off")
-    options.keeper = value == "on"
+    if value not in _KEEPER:
+        raise UserError(f"keeper={value}: choose from {', '.join(_KEEPER)}")
+    options.keeper = _KEEPER[value]
 
 
 def _write_type(options: MountOptions, value: str) -> None:

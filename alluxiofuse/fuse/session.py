@@ -247,13 +247,23 @@ class _Session:
         if self._kept is not None:
             nursery.start_soon(self._follow_keeper, self._kept, stop)
             nursery.start_soon(self._drop_former_notes, self._kept)
-        await trio.to_thread.run_sync(os.statvfs, self._mountpoint)
+        await self._try_out()
         await trio.to_thread.run_sync(tune, self._mountpoint, self._options, self._driver.max_read_bytes)
         task_status.started()
         if on_ready is not None:
             on_ready()
         nursery.start_soon(_first, self._ended, stop)
         await stop.wait()
+
+    async def _try_out(self) -> None:
+        """The mount answers when this returns. Asked by another process: one that waits for an answer of its
+        own can't be killed, and keeps its end of the session open while it does not die."""
+        try:
+            await trio.run_process(
+                ["stat", "-f", "--", self._mountpoint], capture_stdout=True, capture_stderr=True, check=False
+            )
+        except OSError as exc:
+            log.debug("stat(1): %s", exc.strerror)  # Who asks first finds out, then.
 
     @staticmethod
     async def _drop_former_notes(kept: Kept) -> None:

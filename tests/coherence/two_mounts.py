@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from daemons import Cluster, Daemon
+from daemons import Cluster, Daemon, mount_arguments
 
 _NAME_HOST = "import os,socket,sys; socket.sethostname(sys.argv[1]); os.execvp(sys.argv[2], sys.argv[2:])"
 
@@ -43,9 +43,7 @@ class TwoMounts(Cluster):
         return self
 
     def _mount_on(self, place: Path, host: str, options: str) -> Daemon:
-        arguments = ["mount", "--foreground", self.address, str(place)]
-        if options:
-            arguments += ["-o", options]
+        arguments = ["mount", "--foreground", self.address, str(place), *mount_arguments("", options)]
         mount = self._daemon(f"mount-{place.name}", arguments)
         mount.prefix = on_host(host)
         mount.start()

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import socket
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ from pathlib import Path
 import pytest
 from daemons import Cluster, Daemon, LocalDaemon, Site, mount_lines, run_cli
 from keeper_loads import Appends, Archives, Database, Listings, Load, ManyAppends, Names, Reads, Writes
+from servers import wait_until
 
 KILLS = int(os.environ.get("FAULTS_KEEPER_KILLS", "3"))
 BETWEEN_S = 1.0 if KILLS <= 8 else 8.0
@@ -135,6 +137,55 @@ def test_an_unlinked_file_lives_on(kept: KeptMount) -> None:
     assert os.fstat(fd).st_nlink == 0
     os.close(fd)
     assert os.listdir(kept.mount) == []
+
+
+def stuck_threads(pid: int) -> list[str]:
+    """Where threads of a process that has ended wait in the kernel."""
+    try:
+        if "State:\tZ" not in Path(f"/proc/{pid}/status").read_text():
+            return []
+        return [
+            (task / "wchan").read_text()
+            for task in Path(f"/proc/{pid}/task").iterdir()
+            if task.name != str(pid)
+        ]
+    except OSError:
+        return []
+
+
+def test_a_thread_that_waits_for_an_answer_of_its_own_daemon() -> None:
+    """The kernel is told to forget pages of which some are being read: it waits for that, and the thread that
+    told it can't be killed. Only the next daemon can answer the read."""
+    site = Cluster(workers=2, mount_options=OPTIONS).start()
+    try:
+        other = site.base / "other"
+        other.mkdir()
+        site.add_mount(other)
+        kept = KeptMount(site, site.client)  # type: ignore[arg-type]
+        (other / "file").write_bytes(b"before" * 1_000_000)
+        site.wait_persisted("/file")
+        before = child_of(kept.keeper)
+        wait_until(lambda: site.fs_json("location", "/file")[0]["cached"], "a worker reports it")
+        [cached] = site.fs_json("location", "/file")[0]["cached"]
+        worker = site.workers[int(cached["hostname"][1:]) - 1]
+        os.kill(worker.pid, signal.SIGSTOP)
+        try:
+            program = subprocess.Popen(["cat", kept.mount / "file"], stdout=subprocess.DEVNULL)
+            time.sleep(0.5)
+            (site.ufs_dir / "file").write_bytes(b"after")
+            wait_until(lambda: (other / "file").stat().st_size == 5, "the master has seen that")
+            time.sleep(0.3)
+            os.kill(before, signal.SIGKILL)
+            time.sleep(0.3)
+            assert stuck_threads(before), "nothing was stuck, so nothing is shown"
+        finally:
+            os.kill(worker.pid, signal.SIGCONT)
+        wait_until(lambda: child_of(kept.keeper) not in (0, before), "there is another daemon")
+        program.wait(60)
+        assert (kept.mount / "file").read_bytes() == b"after"
+    finally:
+        wrong = site.close()
+    assert not wrong, "\n\n".join(wrong)
 
 
 def test_an_upgrade_under_load(kept: KeptMount) -> None:

@@ -62,10 +62,14 @@ def max_read_bytes() -> int:
     return min(abi.MAX_WRITE, max(size - _KERNEL_PAGE_BYTES, 32 * _KERNEL_PAGE_BYTES))
 
 
+def kernel_version() -> list[int]:
+    """Its first two numbers."""
+    return [int(part) for part in re.findall(r"\d+", os.uname().release)[:2]]
+
+
 def why_no_passthrough() -> str:
     """In a few words; "" when nothing is known that speaks against it."""
-    version = [int(part) for part in re.findall(r"\d+", os.uname().release)[:2]]
-    if version < [6, 9]:
+    if kernel_version() < [6, 9]:
         return f"Linux {os.uname().release} has no passthrough"
     capabilities = re.search(r"^CapEff:\s*([0-9a-f]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
     if capabilities is None or not int(capabilities[1], 16) >> _CAP_SYS_ADMIN & 1:
