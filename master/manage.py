@@ -228,6 +228,7 @@ class Management:
             parts.workers.infos(),
             [parts.mounts.info(mount_id, False) for mount_id in parts.mounts.ids()],
             self._counters(),
+            parts.persister.waiting(),
         )
 
     def _counters(self) -> dict[str, int]:

@@ -29,6 +29,7 @@ from alluxiofuse.master.persist_plan import Blocked, Job, Kind, Planner, Waits, 
 from alluxiofuse.master.persist_queue import MAX_KEYS, PathLocks, ReadyQueue
 from alluxiofuse.master.persist_removals import more_removals
 from alluxiofuse.master.persist_uploads import EndedTasks, Upload, command_of, earlier_upload, is_upload
+from alluxiofuse.master.persist_waiting import waiting
 from alluxiofuse.master.records import INTENT_UPLOAD, InodeRecord, IntentRecord
 from alluxiofuse.master.store import Store
 from alluxiofuse.master.workers import WorkerRegistry
@@ -203,6 +204,12 @@ class Persister:
         for key, failure in itertools.islice(self._failures.items(), limit - len(lines)):
             lines.append(f"{self._name(key)}: {failure.message} ({failure.count} times)")
         return lines
+
+    def waiting(self) -> list[str]:
+        """One line per entry that has waited for long without failing."""
+        return waiting(
+            self._store, self._planner, self._name, self._failures, self._no_worker, self._clock.now_ns()
+        )
 
     def counts(self) -> dict[str, int]:
         """For `admin report`."""

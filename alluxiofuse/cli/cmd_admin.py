@@ -79,6 +79,7 @@ def report_json(found: ops.MasterReport, address: str) -> dict[str, Any]:
         "mounts": [mount_json(mount) for mount in found.mounts],
         "persist_pending_count": found.persist_pending_count,
         "persist_failing": found.persist_failing,
+        "persist_waiting": found.persist_waiting,
         "sessions": found.session_names,
         "counters": found.counters,
     }
@@ -98,6 +99,7 @@ def report_text(found: ops.MasterReport, address: str) -> str:
         lines += worker_lines(worker)
     lines.append(f"persist   {found.persist_pending_count} to do, {len(found.persist_failing)} failing")
     lines += [f"  {failure}" for failure in found.persist_failing]
+    lines += [f"  {line}" for line in found.persist_waiting]
     lines.append(f"clients   {len(found.session_names)}")
     lines += [f"  {name}" for name in found.session_names]
     lines += [f"{name} = {value}" for name, value in sorted(found.counters.items())]

@@ -133,3 +133,5 @@ class MasterReport(Message):
     workers: list[WorkerInfo]
     mounts: list[MountInfo]
     counters: dict[str, int] = {}
+    persist_waiting: Annotated[list[str], Meta(max_length=100)] = []
+    """One line per entry that has waited for a minute and more without failing: path, and for what; some."""

@@ -244,7 +244,10 @@ class Harness:
             wait_until(is_same, "the store equals the namespace", SETTLE_TIMEOUT_S)
         except TimeoutError as exc:
             report = self.site.report()
-            about = [f"{name} = {report[name]}" for name in ("persist_pending_count", "persist_failing")]
+            about = [
+                f"{name} = {report[name]}"
+                for name in ("persist_pending_count", "persist_failing", "persist_waiting")
+            ]
             raise FaultFailure("\n".join([str(exc), *wrong[:20], *about])) from None
         self.counts["store checks"] += 1
         if dice.random() < 0.5:

@@ -11,6 +11,7 @@ from persist_places import Place
 from persist_world import World, until
 
 from alluxiofuse.errors import UfsError
+from alluxiofuse.master import persist_waiting
 from alluxiofuse.master.containers import forget_container
 from alluxiofuse.wire.types import PersistCommand
 
@@ -272,7 +273,7 @@ def test_what_keeps_failing_is_reported(local_place: Place) -> None:
     held_up(test, local_place)
 
 
-def test_open_for_writing_is_left_alone(local_place: Place) -> None:
+def test_open_for_writing_is_left_alone(local_place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     async def test(world: World, gate: Gate) -> None:
         gate.open.set()
         await world.settle()
@@ -288,6 +289,9 @@ def test_open_for_writing_is_left_alone(local_place: Place) -> None:
         world.rename("a", "b")
         await until(lambda: world.storage_tree() == {"b": b"first"})
         assert world.worker.uploaded == 1
+        assert world.persister.waiting() == []
+        monkeypatch.setattr(persist_waiting, "LONG_NS", 0)
+        assert world.persister.waiting() == ["/b, for 0 s: open for writing at worker 1"]
         world.write("b", b"sealed")
         tx = world.store.transaction()
         record = tx.inode(ino)
