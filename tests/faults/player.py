@@ -169,16 +169,19 @@ class Player:
         return True
 
     def forget_nameless(self) -> None:
-        """Close what is open and has no name any more: it may be there, or be gone."""
-        for world in self.worlds:
-            for number in [number for number in world.handles if world.is_nameless(number)]:
-                del world.handles[number]
-                try:
-                    self.ask("do", Op("close", handle=number))
-                except OSError as exc:
-                    if exc.errno not in (errno.ESTALE, errno.EIO, errno.EBADF):
-                        raise
-                self.note(f"close handle={number}: it had no name")
+        """Close what is open and may have no name any more: it may be there, or be gone."""
+        nameless = {number for world in self.worlds for number in world.handles if world.is_nameless(number)}
+        for number in sorted(nameless):
+            op, is_certain = Op("close", handle=number), True
+            try:
+                self.ask("do", op)
+            except OSError as exc:
+                if exc.errno not in (errno.ESTALE, errno.EIO, errno.EBADF):
+                    raise
+                is_certain = False
+            self.note(f"close handle={number}: it may have had no name")
+            for world in self.worlds:
+                world.apply(op, is_certain=is_certain)
 
     def _check_read(self, op: Op, data: bytes) -> None:
         versions = self.world.names[op.path].versions
