@@ -144,11 +144,11 @@ def data_pages(fd: int, size: int) -> int:
     while at < size:
         try:
             start = os.lseek(fd, at, os.SEEK_DATA)
+            end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         except OSError as exc:
-            if exc.errno == errno.ENXIO:
+            if exc.errno == errno.ENXIO:  # No more data; or it was truncated in between.
                 break
             raise
-        end = min(os.lseek(fd, start, os.SEEK_HOLE), size)
         if start >= size:
             break
         first, last = start // PAGE_BYTES, (end - 1) // PAGE_BYTES

@@ -351,9 +351,10 @@ class Content:
                 end = await writing.end_at_home()  # Others may be writing, or have just ended.
                 attr = await self._tell_end(writing, end)
         except StaleError:
-            if end.is_sealed:
+            if end.is_sealed and not writing.is_unbegun:
                 raise
-            # Who came last has sealed and committed it, with our bytes; the next writing has begun.
+            # Who came last has sealed and committed it, with our bytes, and the next writing has begun; or
+            # none of it was ours, and the master gave it up when our session had ended.
             self.give_up()
             return
         self.attr = attr

@@ -120,6 +120,24 @@ def test_emptying_by_open_alone(flags: int) -> None:
     in_world(IN_PROCESS)(test)
 
 
+@pytest.mark.parametrize("kind", [IN_PROCESS, TCP])
+def test_closing_what_was_never_written_and_the_master_gave_up_meanwhile(kind: str) -> None:
+    """Its session had ended during a cut, and the home had never heard of the new file."""
+
+    async def test(world: World) -> None:
+        async with world.client() as client:
+            attr, file = await client.fs.create(ROOT, ROOT_INO, b"f", 0o644, os.O_RDWR)
+            session_id = client.fs._session.id
+            given_up = CommitContent(session_id, attr.ino, attr.container, 0, 0, False, is_abandoned=True)
+            assert (await client.master.call(given_up)).container == 0
+            await file.flush()
+            await file.release()
+            await client.put(b"f", b"written later")
+            assert await client.get(b"f") == b"written later"
+
+    in_world(kind)(test)
+
+
 @pytest.mark.parametrize("kind", [UNIX, TCP])
 def test_who_joins_and_can_not_begin_does_not_empty_the_file(kind: str) -> None:
     """The writer died, its worker is away, and somebody else opens the file, writes in vain, closes."""

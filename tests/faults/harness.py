@@ -17,7 +17,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from daemons import Site
@@ -29,6 +29,7 @@ from stores import Store
 
 STORE_CHECK_ROUNDS = 8
 SETTLE_TIMEOUT_S = 120.0
+MAX_PHANTOM_ROUNDS = 10
 FRESH_TIMEOUT_S = 60.0
 """Generous: how fresh another mount is, is tested elsewhere."""
 
@@ -153,9 +154,7 @@ class Harness:
     def check(self) -> None:
         """Every tree, through every mount. Outcomes that were unknown are known then."""
         for player in self.players:
-            if self._store.has_phantoms:
-                self._remove_phantoms(player)
-            found = player.scan()
+            found = self._scan(player)
             self._judge(player, found)
             player.world.accept(found)
             for mount in self.mounts:
@@ -178,17 +177,30 @@ class Harness:
             f"{player.name} on {player.mount}:\n" + "\nor else:\n".join(wrongs) + "\n" + player.story(*paths)
         )
 
-    def _remove_phantoms(self, player: Player) -> None:
-        """Directories that should not be there and have nothing in them but such directories."""
+    def _scan(self, player: Player) -> dict[str, Found]:
+        """The player's tree through its own mount, without phantoms: those are removed until none is seen."""
         found = player.scan()
+        for _ in range(MAX_PHANTOM_ROUNDS):
+            phantoms = self._phantoms(player, found)
+            if not phantoms:
+                break
+            for path in phantoms:
+                self.counts["phantoms"] += 1
+                with suppress(FileNotFoundError):
+                    player.ask("do", Op("rmdir", path))
+            found = player.scan()
+        return found
+
+    def _phantoms(self, player: Player, found: dict[str, Found]) -> list[str]:
+        """Directories that should not be there and have nothing in them but such directories."""
+        if not self._store.has_phantoms:
+            return []
         needed = {path for world in player.worlds for path in world.names}
         needed |= {path for path, one in found.items() if one.kind != DIRECTORY}
         for path in list(needed):
             while path := parent_of(path):
                 needed.add(path)
-        for path in sorted(found.keys() - needed, reverse=True):
-            self.counts["phantoms"] += 1
-            player.ask("do", Op("rmdir", path))
+        return sorted(found.keys() - needed, reverse=True)
 
     def _wait_same(self, player: Player, mount: Path) -> None:
         """Names and attributes on another mount follow; what is wrong there stays wrong."""
@@ -211,7 +223,7 @@ class Harness:
             for path in paths:
                 player.ask("touch", str(player.mount / player.name / path))
                 player.note(f"touch path={path}")
-            found = player.scan()
+            found = self._scan(player)
             self._judge(player, found)
             world.accept(found, settled=paths)
 
@@ -253,7 +265,7 @@ class Harness:
         if dice.random() < 0.5:
             self.site.fs("free", "-R", "/")
         for player in self.players:
-            found = player.scan()
+            found = self._scan(player)
             self._judge(player, found)
             player.world.accept(found, settled=found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections import Counter
 from pathlib import Path
@@ -86,6 +87,23 @@ def test_zero_pages_are_left_out(tmp_path: Path) -> None:
         assert sealed == ({1: sum1, 2: sum2}, 0b001, 0b101)
         checksums.punch_pages(file.fileno(), 0b101)
         assert checksums.data_pages(file.fileno(), len(data)) == 0b010
+
+
+def test_data_pages_of_a_file_that_is_truncated_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between finding data and finding its end: ENXIO, which says nothing against the disk."""
+    with open(tmp_path / "slab", "w+b", buffering=0) as file:
+        file.write(b"x" * MB)
+        real = os.lseek
+
+        def lseek(fd: int, at: int, whence: int) -> int:
+            if whence == os.SEEK_HOLE:
+                file.truncate(0)
+            return real(fd, at, whence)
+
+        monkeypatch.setattr(os, "lseek", lseek)
+        assert checksums.data_pages(file.fileno(), MB) == 0
 
 
 def test_index_keeps_pages_of_big_containers_in_chunks(tmp_path: Path) -> None:
