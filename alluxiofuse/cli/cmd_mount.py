@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import time
 
 import click
 
 from alluxiofuse.cli import options as shared
 from alluxiofuse.cli.outcome import MISTAKE
 from alluxiofuse.errors import UserError
+
+IN_USE_S = 1.0
+"""For so long umount tries: a daemon that has just begun looks at its own mount for a moment."""
 
 
 @click.command()
@@ -85,7 +89,14 @@ def umount(directory: str, lazy: bool) -> None:
     """Unmount DIR. Its daemon writes back what is left and ends."""
     from alluxiofuse.fuse import mountpoint
 
-    mountpoint.umount(_resolved(directory), is_lazy=lazy)
+    deadline = time.monotonic() + IN_USE_S
+    while True:
+        try:
+            return mountpoint.umount(_resolved(directory), is_lazy=lazy)
+        except mountpoint.InUseError:
+            if time.monotonic() > deadline:
+                raise
+        time.sleep(0.05)
 
 
 def _resolved(directory: str) -> str:

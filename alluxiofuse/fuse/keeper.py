@@ -32,6 +32,7 @@ HAND_OVER_S = 20.0
 LOOK_S = 1.0
 """How often a daemon is looked at: of the end of its first thread the kernel tells nobody while another one
 lives, which may wait for a page that is being read: the next daemon's answer frees it."""
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 MESSAGE_BYTES = 1 << 16
 GAVE_UP = 1
 VARIABLE = "ALLUXIOFUSE_KEEPER"
@@ -85,7 +86,7 @@ class Keeper:
         self.wakeup, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(writer, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD):
+        for number in (*STOPPING, signal.SIGCHLD):
             if signal.getsignal(number) != signal.SIG_IGN or number == signal.SIGCHLD:
                 signal.signal(number, lambda *_: None)
 
@@ -241,12 +242,14 @@ class Keeper:
         assert self.state is not None
         ours.send(b"T" + self.state)
         keeper = os.getpid()
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
         self.child = os.fork()
         if not self.child:
             try:
                 self.become_daemon(theirs.fileno(), keeper)
             finally:
                 os._exit(127)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         theirs.close()
         ours.setblocking(False)
         self.sock = ours
@@ -268,6 +271,10 @@ class Keeper:
 
     def become_daemon(self, sock: int, keeper: int) -> None:
         signal.set_wakeup_fd(-1)
+        for number in STOPPING:  # One that is passed on now ends it: our handlers would swallow it.
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
         stand_apart()
         mount = os.fsdecode(self.mountpoint)
         inside = self.directory == mount or self.directory.startswith(mount.rstrip("/") + "/")

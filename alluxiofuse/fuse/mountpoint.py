@@ -20,6 +20,10 @@ _DEAD_ERRNOS = (errno.ENOTCONN, errno.ECONNABORTED)
 _FUSERMOUNT_TIMEOUT_S = 30.0
 
 
+class InUseError(UserError):
+    """Somebody has files open on the mount, or is in it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Mount:
     """One line of /proc/self/mountinfo (proc_pid_mountinfo(5)), as far as we need it."""
@@ -201,7 +205,7 @@ def umount(path: AnyPath, *, is_lazy: bool = False, is_forced: bool = False) -> 
     reason = os.fsdecode(done.stderr).strip().splitlines()
     text = reason[-1] if reason else f"exit code {done.returncode}"
     if "busy" in text.lower():
-        raise UserError(
+        raise InUseError(
             f"{shown} is in use: `fuser -vm {shown}` or `lsof +f -- {shown}` shows by whom; "
             f"`alluxiofuse umount --lazy {shown}` detaches it anyway"
         )

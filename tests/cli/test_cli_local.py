@@ -69,7 +69,12 @@ def test_a_signal_while_a_program_uses_the_mount(local_daemon: Start) -> None:
 
 def test_unmounted_from_outside_it_ends(local_daemon: Start) -> None:
     site = local_daemon()
-    (site.mount / "x").write_text("x")
+    with (site.mount / "x").open("w") as file:
+        file.write("x")
+        done = run_cli("umount", site.mount, check=False)
+        assert done.returncode == 2
+        assert f"{site.mount} is in use" in done.stderr
+        assert len(done.stderr.splitlines()) == 1
     run_cli("umount", site.mount)
     assert site.daemon.wait() == 0
     assert mount_lines(site.mount) == []

@@ -241,6 +241,16 @@ def test_a_signal_while_there_is_no_daemon(mounted: KeptMount, delay_s: float) -
     assert not mount_lines(mounted.mount)
 
 
+def test_a_signal_while_the_next_daemon_begins(mounted: KeptMount) -> None:
+    """It is between fork(2) and execve(2): what it is sent then must not be lost."""
+    before = child_of(mounted.keeper)
+    os.kill(before, signal.SIGKILL)
+    while child_of(mounted.keeper) in (0, before):
+        pass
+    assert mounted.daemon.stop() in (0, 1, 143)
+    assert not mount_lines(mounted.mount)
+
+
 def test_ctrl_c_comes_once(mounted: KeptMount) -> None:
     """To the keeper, whoever else is in its process group; files that are open do not hold it up twice."""
     daemon = child_of(mounted.keeper)
