@@ -8,7 +8,6 @@ import fcntl
 import logging
 import os
 import re
-import select
 import shutil
 import socket
 import subprocess
@@ -41,8 +40,6 @@ FSTYPE = "fuse.alluxiofuse"
 _GONE = (errno.ENOENT, errno.ENODEV, errno.EBADF, errno.ENOTCONN)
 _KERNEL_PAGE_BYTES = 4096
 _CAP_SYS_ADMIN = 21
-_SELECTABLE = 1024
-"""FD_SETSIZE. poll(2) and epoll(7) wait for whole milliseconds in Python."""
 
 
 def _make_pipe() -> tuple[int, int]:
@@ -106,10 +103,6 @@ class Device:
                 if exc.errno in (errno.ENODEV, errno.EBADF, errno.ECONNABORTED):
                     raise Ended from None
                 raise
-
-    def comes_within(self, seconds: float) -> bool:
-        """Waits, blocking the thread. False where that can't be told."""
-        return self.fd < _SELECTABLE and bool(select.select([self.fd], [], [], seconds)[0])
 
     def send(self, *parts: bytes | bytearray | memoryview) -> None:
         """An answer. Whoever asked may be gone (ENOENT), or the mount."""

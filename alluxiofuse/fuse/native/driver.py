@@ -25,7 +25,7 @@ from alluxiofuse.fuse.memory import Memory
 from alluxiofuse.fuse.native import abi, messages
 from alluxiofuse.fuse.native.abi import Init, Op
 from alluxiofuse.fuse.native.device import Device, Ended, max_read_bytes, mount
-from alluxiofuse.fuse.native.dispatch import Dispatcher, Info, Payload, reply_entry
+from alluxiofuse.fuse.native.dispatch import Dispatcher, Handler, Info, Payload, reply_entry
 from alluxiofuse.fuse.native.messages import Malformed, Request
 
 log = logging.getLogger("alluxiofuse.fuse")
@@ -35,10 +35,6 @@ MAX_TASKS = 256
 MAX_IDLE_TASKS = 4
 YIELD_S = 0.002
 """Other tasks of the process get their turn at least this often."""
-BRIEFLY_S = 0.0002
-"""After an answer the whole thread waits so long for the next request, which a program that makes one
-after another sends by then: that costs less than a turn of the event loop. Not while anything else is
-being answered."""
 INIT_TIMEOUT_S = 10.0
 _WANTED = (
     Init.ASYNC_READ
@@ -116,17 +112,12 @@ class NativeKernel:
 class _Task:
     """What belongs to one task: its buffer, which a request's data lies in until it is answered."""
 
-    __slots__ = ("buffer", "interruptible", "is_leading", "scope", "view")
+    __slots__ = ("buffer", "is_leading", "view")
 
     def __init__(self) -> None:
         self.buffer = bytearray(abi.BUFFER_BYTES)
         self.view = memoryview(self.buffer)
         self.is_leading = False
-        self.scope = trio.CancelScope()
-        """Of all that it does until it has lost the lead and answered what it lost it for: one for many
-        requests, as making one costs as much as answering some of them."""
-        self.interruptible = 0
-        """unique of the request that cancelling `scope` ends; 0: it must not be."""
 
 
 class NativeDriver:
@@ -149,8 +140,8 @@ class NativeDriver:
         self._is_over = False
         self._scope = trio.CancelScope()
         """Of the leader's waiting for requests; cancelled by `terminate`."""
-        self._waiting: dict[int, _Task] = {}
-        """unique -> what works on a request that may be interrupted, and waits."""
+        self._waiting: dict[int, trio.CancelScope] = {}
+        """unique -> of a request that may be interrupted and whose handler waits."""
         self._malformed_count = 0
         self._memory: Memory | None = None
         self._is_resumed = False
@@ -316,18 +307,6 @@ class NativeDriver:
                 self._lot.unpark_all()
 
     async def _lead(self, task: _Task) -> None:
-        """Returns when the lead is lost and the request that it was lost for is answered."""
-        task.scope = trio.CancelScope()
-        with task.scope:
-            await self._lead_on(task)
-        self._waiting.pop(task.interruptible & ~abi.RESENT, None)
-        if task.scope.cancelled_caught:
-            assert self._device is not None
-            self._device.send(messages.failure(task.interruptible, errno.EINTR))
-            if self._memory is not None:
-                self._memory.end(task.interruptible & ~abi.RESENT)
-
-    async def _lead_on(self, task: _Task) -> None:
         device, dispatcher = self._device, self._dispatcher
         assert device is not None
         assert dispatcher is not None
@@ -337,8 +316,6 @@ class NativeDriver:
         def lose_lead() -> None:
             if task.is_leading:
                 task.is_leading = False
-                if task.interruptible:
-                    self._waiting[task.interruptible & ~abi.RESENT] = task
                 self._give_lead()
 
         while task.is_leading and not self._is_over:
@@ -348,8 +325,6 @@ class NativeDriver:
                 self._end()
                 return
             if not count:
-                if self._task_count - len(self._lot) == 1 and device.comes_within(BRIEFLY_S):
-                    continue
                 if not await self._wait(device):
                     return
                 yielded_at = time.monotonic()
@@ -360,11 +335,10 @@ class NativeDriver:
                 self._complain(device, exc)
                 continue
             if request.opcode == Op.INTERRUPT:
-                waiting = self._waiting.get(request.fields[0] & ~abi.RESENT)
-                if waiting is not None:
-                    waiting.scope.cancel()
+                scope = self._waiting.get(request.fields[0] & ~abi.RESENT)
+                if scope is not None:
+                    scope.cancel()
                 continue
-            task.interruptible = request.unique if request.opcode in _INTERRUPTIBLE else 0
             if self._memory is None:
                 await self._handle(device, dispatcher, request, lose_lead)
             else:
@@ -419,7 +393,10 @@ class NativeDriver:
         payload: Payload
         code = 0
         try:
-            payload = await Stepped(handler(request), lose_lead)  # type: ignore[arg-type]
+            if request.opcode in _INTERRUPTIBLE:
+                payload, code = await self._interruptible(handler, request, lose_lead)
+            else:
+                payload = await Stepped(handler(request), lose_lead)  # type: ignore[arg-type]
         except pyfuse3.FUSEError as exc:
             code = exc.errno
         except OSError as exc:
@@ -446,6 +423,22 @@ class NativeDriver:
             device.send(messages.failure(unique, errno.EIO))
             return
         device.send(messages.header(unique, len(buffer)), buffer)
+
+    async def _interruptible(
+        self, handler: Handler, request: Request, lose_lead: Callable[[], None]
+    ) -> tuple[Payload, int]:
+        unique = request.unique & ~abi.RESENT
+
+        def waits() -> None:
+            self._waiting[unique] = scope
+            lose_lead()
+
+        with trio.CancelScope() as scope:
+            try:
+                return await Stepped(handler(request), waits), 0  # type: ignore[arg-type]
+            finally:
+                self._waiting.pop(unique, None)
+        return None, errno.EINTR
 
     def _complain(self, device: Device, exc: Malformed) -> None:
         self._malformed_count += 1
