@@ -7,7 +7,7 @@ import os
 import platform
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -26,26 +26,29 @@ def require_passthrough() -> None:
     pytest.skip("passthrough with a brake needs root and Linux 6.14")
 
 
-def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
-    found = [pid]
-    for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
+def children_of(pid: int) -> list[int]:
+    """Of a process that may have ended."""
+    found: list[int] = []
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
             found += [int(child) for child in children.read_text().split()]
     return found
 
 
 @contextmanager
 def frozen(*daemons: Daemon) -> Iterator[None]:
-    """They do nothing: what works meanwhile, the kernel does by itself."""
-    pids = [pid for daemon in daemons for pid in family(daemon.pid)]
+    """They and all that they started do nothing: what works meanwhile, the kernel does by itself."""
+    pids = [daemon.pid for daemon in daemons]
     for pid in pids:
-        os.kill(pid, signal.SIGSTOP)
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGSTOP)
+            pids += children_of(pid)
     try:
         yield
     finally:
         for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
 
 
 @contextmanager
