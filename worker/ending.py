@@ -56,7 +56,8 @@ class Ending:
         if request.may_revert and self._revert(lock):
             return self._reverted(lock)
         pages = self._slabs.pages_to_seal(slab, found)
-        if pages.bit_count() > 1 or slab.pins or slab.must_sync:
+        must_sync = slab.must_sync and not slab.is_synced_as(found)
+        if pages.bit_count() > 1 or slab.pins or must_sync:
             return self._end_slowly(lock, request)
         return self._end_now(lock, request, fd, found, pages)
 

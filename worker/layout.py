@@ -28,6 +28,7 @@ from alluxiofuse.units import format_size
 FORMAT = 1
 MARKER = "alluxiofuse.json"
 PART_SUFFIX = ".part"
+_PROBES = 16
 _SLAB_NAME = re.compile(r"[0-9a-f]{16}")
 
 
@@ -40,6 +41,26 @@ class Marker:
 def slab_path(root: str, container: int) -> str:
     """Where the slab of `container` lies below the tier directory `root`."""
     return f"{root}/slabs/{container & 0xFF:02x}/{container:016x}"
+
+
+def tells_each_write(root: Path) -> bool:
+    """Each write changes a file's ctime, also one that follows another at once, if the file was looked at in
+    between (multigrain timestamps: ext4, xfs, btrfs and tmpfs since Linux 6.13). Before, what happened within
+    a tick of the kernel's clock, some milliseconds, had one time."""
+    try:
+        fd = os.open(root, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return False
+    try:
+        seen = set()
+        for _ in range(_PROBES):
+            os.pwrite(fd, b"x", 0)
+            seen.add(os.fstat(fd).st_ctime_ns)
+        return len(seen) == _PROBES
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def read_marker(root: Path) -> Marker | None:

@@ -116,7 +116,7 @@ class OpenSlabs(Table):
         self.count_dirty(slab, WRITING)
         slab.container, slab.state = container, WRITING
         self.writing.add(slab)
-        slab.is_unnamed, slab.is_synced = True, False
+        slab.is_unnamed, slab.is_synced, slab.synced_as = True, False, None
         slab.is_kept = slab.is_kept and slab.size > 0
         slab.source = None
         slab.free_mode = FREE_NO

@@ -69,6 +69,7 @@ def open_storage(config: WorkerConfig) -> Opened:
                     str(root), marker.directory_id, wanted.quota_bytes, tier, tier_config.is_durable
                 )
                 directory.takes_passthrough = _takes_passthrough(root)
+                directory.tells_each_write = layout.tells_each_write(root)
                 directories.append(directory)
         return Opened(index, Tiers([tier.alias for tier in config.tiers], directories), claims)
     except BaseException:

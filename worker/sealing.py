@@ -80,7 +80,7 @@ class Sealer:
             if slab.writers or slab.state != WRITING:
                 return unsealed
             pages = self._slabs.pages_to_seal(slab, found)
-            if slab.must_sync:
+            if slab.must_sync and not slab.is_synced_as(found):
                 # The master, told of the seal, forgets the content that this one was made from.
                 await self.sync(slab, fd)
             sums, zeros, filled = await trio.to_thread.run_sync(
@@ -121,17 +121,19 @@ class Sealer:
     async def sync(self, slab: Slab, fd: int) -> None:
         """The slab's bytes, its name, and the index that says whose it is, in this order. OSError,
         StateError."""
-        path = self._slabs.path(slab)
+        path, found = self._slabs.path(slab), os.fstat(fd)
         if slab.state == WRITING and not slab.is_unnamed:
             # The index has said so durably since its name was synced, and says nothing new until the seal.
             await trio.to_thread.run_sync(os.fdatasync, fd, limiter=self._threads)
-            return
-        is_emptied = not slab.must_empty  # or its record is written once more
-        await trio.to_thread.run_sync(
-            _sync, fd, path if slab.is_unnamed else "", self._slabs, limiter=self._threads
-        )
-        if path == self._slabs.path(slab) and is_emptied:
-            slab.is_unnamed = False
+        else:
+            is_emptied = not slab.must_empty  # or its record is written once more
+            await trio.to_thread.run_sync(
+                _sync, fd, path if slab.is_unnamed else "", self._slabs, limiter=self._threads
+            )
+            if path == self._slabs.path(slab) and is_emptied:
+                slab.is_unnamed = False
+        if path == self._slabs.path(slab) and not slab.is_unnamed and slab.directory.tells_each_write:
+            slab.synced_as = found.st_size, found.st_ctime_ns
 
     def is_punching(self, slab: Slab) -> bool:
         gate = self._seals.get(slab)

@@ -5,6 +5,7 @@ Sets of pages are ints used as bitmaps (bit i is page i): presence of a 1 GiB fi
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from alluxiofuse.ids import DEFAULT_BLOCK_BYTES, PAGE_BYTES, page_count, page_length
@@ -95,6 +96,7 @@ class Slab:
         "size",
         "source",
         "state",
+        "synced_as",
         "upload",
         "verified",
         "writers",
@@ -140,6 +142,9 @@ class Slab:
         """Its file may have got its name since its folder was last synced."""
         self.is_synced = False
         """Sealed, and its bytes, name and record are known to be on the disk. False where it is not known."""
+        self.synced_as: tuple[int, int] | None = None
+        """While WRITING: size and ctime of its file when all of it was on the disk at last; None: it is
+        not known, or its directory does not tell each write."""
         self.is_kept = True
         """Bytes of it were durable once, here or in the under storage, and may not be lost when the
         power fails: they are synced before a seal says what they are, and the index before they
@@ -186,8 +191,12 @@ class Slab:
 
     @property
     def must_sync(self) -> bool:
-        """Before it is sealed."""
+        """Before it is sealed, unless it `is_synced_as`."""
         return self.is_kept and self.directory.is_durable
+
+    def is_synced_as(self, found: os.stat_result) -> bool:
+        """Its file, as it is, was not written to since it was on the disk as a whole."""
+        return self.synced_as == (found.st_size, found.st_ctime_ns)
 
     @property
     def block_count(self) -> int:

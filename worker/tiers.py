@@ -34,6 +34,8 @@ class Directory:
         """At most the quota; less while others fill the filesystem."""
         self.takes_passthrough = False
         """It can be told who has its files open (`openers`)."""
+        self.tells_each_write = False
+        """Two states of a file's content never have the same ctime (`layout.tells_each_write`)."""
         self.trouble = ""
         """Why it is out of use; see `health`."""
         self.is_readable = True

@@ -419,13 +419,10 @@ class FileSystem:
     async def removexattr(self, who: Caller, ino: int, name: bytes) -> None:
         await self._session.call(ops.RemoveXattr(who, self._session.id, ino, name))
 
-    async def sync(self) -> None:
-        """sync(2), syncfs(2): all that the master has answered survives its machine, and so do files
-        being written."""
+    async def sync_names(self) -> None:
+        """fsync(2) of a directory: names, modes, links and attributes, of whatever was changed before by
+        anybody, survive the master's machine. Bytes of files are not waited for."""
         begun = await self._ask(ops.BeginSync())
-        for content in list(self._contents.values()):
-            if content.writing is not None:
-                await content.fsync()
         if begun:
             await self._ask(ops.SyncMetadata(begun))
 

@@ -556,4 +556,4 @@ class Operations(pyfuse3.Operations):
 
     @guarded
     async def fsyncdir(self, fh: int, datasync: bool) -> None:
-        await self.fs.sync()
+        await self.fs.sync_names()

@@ -317,7 +317,7 @@ def test_names_links_xattrs(with_client: Callable[[Test], None]) -> None:
         assert refused.value.errno == errno.ENOTEMPTY
         await fs.access(ROOT, ino, 4)
         assert (await fs.statfs()).capacity_bytes > 0
-        await fs.sync()
+        await fs.sync_names()
 
     with_client(test)
 

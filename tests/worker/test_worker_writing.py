@@ -138,6 +138,46 @@ def test_what_was_durable_is_on_the_disk_before_it_changes_and_before_it_is_seal
     run()
 
 
+@pytest.mark.parametrize("tells", [True, False], ids=["multigrain", "coarse"])
+def test_what_was_synced_and_not_written_to_since_is_not_synced_by_its_seal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tells: bool
+) -> None:
+    """A journal that is synced, closed and removed. Only where no write can have gone unnoticed."""
+    synced: list[int] = []
+    really = os.fdatasync
+
+    def noted(fd: int) -> None:
+        synced.append(os.fstat(fd).st_size)
+        really(fd)
+
+    monkeypatch.setattr(os, "fdatasync", noted)
+
+    @trio_test
+    async def run() -> None:
+        async with running(tmp_path) as world:
+            (directory,) = world.slabs.tiers.directories
+            directory.tells_each_write = directory.tells_each_write and tells
+            for container, late in ((50, b""), (51, b"late"), (52, b"")):
+                grant, fd = await world.begin(container)
+                os.pwrite(fd, b"bytes", 0)
+                os.utime(fd, ns=(0, 0))  # As setting the file's times does: it must tell nothing.
+                assert await world.client.call(SyncContainer(grant.lock_id))
+                assert synced == [5]
+                synced.clear()
+                if late:
+                    os.pwrite(fd, late, 0)
+                    os.utime(fd, ns=(0, 0))
+                os.close(fd)
+                end = await world.client.call(EndWrite(grant.lock_id, bitmap(0)))
+                assert end.is_sealed
+                assert synced == ([] if directory.tells_each_write and not late else [5])
+                synced.clear()
+                await world.detach(grant.lock_id)
+            world.validate()
+
+    run()
+
+
 @trio_test
 async def test_changing_a_cached_file_keeps_the_slab_for_its_readers(tmp_path: Path) -> None:
     data = pattern(5 * MB)

@@ -11,6 +11,7 @@ import re
 import shutil
 import socket
 import subprocess
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -103,6 +104,13 @@ class Device:
                 if exc.errno in (errno.ENODEV, errno.EBADF, errno.ECONNABORTED):
                     raise Ended from None
                 raise
+
+    def receive_within(self, seconds: float, buffer: bytearray) -> int:
+        """`receive`, again and again for so long. The thread does nothing else meanwhile."""
+        until = time.monotonic() + seconds
+        while not (count := self.receive(buffer)) and time.monotonic() < until:
+            pass
+        return count
 
     def send(self, *parts: bytes | bytearray | memoryview) -> None:
         """An answer. Whoever asked may be gone (ENOENT), or the mount."""

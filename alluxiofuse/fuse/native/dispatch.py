@@ -206,7 +206,8 @@ class Dispatcher:
 
     async def _setattr(self, r: Request) -> Payload:
         valid = r.fields[0]
-        if valid & Fattr.KILL_SUIDGID or not valid & _CHANGES:
+        is_chown = valid & (Fattr.UID | Fattr.GID) and not valid & Fattr.MODE  # which takes them by itself
+        if (valid & Fattr.KILL_SUIDGID and not is_chown) or not valid & _CHANGES:
             # Nothing to change: a write of somebody who may not keep them is about to come.
             await self._ops.kill_set_id(r.nodeid)
             if not valid & _CHANGES:
